@@ -1,0 +1,17 @@
+"""Adam for JAX: exact at any precision, composable with optax, one fused pass per leaf."""
+
+from adam_jax._adam import adam as adam
+from adam_jax._adam import adamw as adamw
+from adam_jax._adam import nadam as nadam
+from adam_jax._adam import nadamw as nadamw
+from adam_jax._adam import scale_by_adam as scale_by_adam
+from adam_jax._adamax import adamax as adamax
+from adam_jax._adamax import adamaxw as adamaxw
+from adam_jax._adamax import scale_by_adamax as scale_by_adamax
+from adam_jax._amsgrad import amsgrad as amsgrad
+from adam_jax._amsgrad import scale_by_amsgrad as scale_by_amsgrad
+from adam_jax._averaging import AverageParamsState as AverageParamsState
+from adam_jax._averaging import average_params as average_params
+from adam_jax._averaging import averaged_params as averaged_params
+
+__version__ = "0.1.0"

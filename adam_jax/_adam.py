@@ -1,0 +1,243 @@
+"""Adam (Algorithm 1 of Kingma and Ba, arXiv:1412.6980) and its variants that differ in a line."""
+
+import functools
+from typing import NamedTuple
+
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import check_decay, check_not_negative
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, quotient, sqrt
+from adam_jax._transformation import Algorithm, descend, scale_by
+from adam_jax._types import LearningRate, Leaf, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
+
+
+class _Settings(NamedTuple):
+    b1: Decay
+    b2: Decay
+    eps: Scalar
+    eps_root: Scalar
+
+
+class _Scalars(NamedTuple):
+    settings: _Settings
+    unbias_m: Scalar  # 1 / (1 - b1^t)
+    unbias_v: Scalar  # 1 / (1 - b2^t)
+    unbias_next_m: Scalar  # 1 / (1 - b1^(t+1)), for Nesterov's look ahead
+
+
+def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
+    return _Scalars(
+        settings=s,
+        unbias_m=1 / bias_correction(s.b1, t),
+        unbias_v=1 / bias_correction(s.b2, t),
+        unbias_next_m=1 / bias_correction(s.b1, t + 1),
+    )
+
+
+def _leaf(
+    g: Leaf, moments: tuple[Leaf, RealLeaf], s: _Scalars, *, nesterov: bool
+) -> tuple[Leaf, tuple[Leaf, RealLeaf]]:
+    m, v = moments
+    b1, b2, eps, eps_root = s.settings
+    m = decayed(m, g, b1)
+    v = decayed(v, abs_sq(g), b2)
+    m_hat = m * s.unbias_m
+    if nesterov:
+        m_hat = b1.b * (m * s.unbias_next_m) + b1.one_minus_b * (g * s.unbias_m)
+    v_hat = v * s.unbias_v
+    return quotient(m_hat, sqrt(v_hat + eps_root) + eps), (m, v)
+
+
+_ADAM_LEAF = functools.partial(_leaf, nesterov=False)
+_NADAM_LEAF = functools.partial(_leaf, nesterov=True)
+
+
+def _algorithm(
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    mu_dtype: StorageFormat,
+    nu_dtype: StorageFormat,
+    nesterov: bool,
+) -> Algorithm:
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_not_negative("eps", eps)
+    check_not_negative("eps_root", eps_root)
+    mu_format = _storage.storage_format("mu_dtype", mu_dtype)
+    nu_format = _storage.storage_format("nu_dtype", nu_dtype)
+    return Algorithm(
+        state=optax.ScaleByAdamState,
+        moments={
+            "mu": functools.partial(_storage.zeros, mu_format, real=False),
+            "nu": functools.partial(_storage.zeros, nu_format, real=True),
+        },
+        settings=_Settings(decay(b1), decay(b2), eps, eps_root),
+        scalars=_scalars,
+        leaf=_NADAM_LEAF if nesterov else _ADAM_LEAF,
+    )
+
+
+def scale_by_adam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormat = None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's direction m^ / (sqrt(v^) + eps), with neither sign nor learning rate.
+
+    A drop-in for `optax.scale_by_adam`, to put into a chain of your own. `adam` gives the
+    equations, the arguments and the errors. Its state is `optax.ScaleByAdamState`:
+
+    - `count`: int32, shape (), the step count t;
+    - `mu`: the first moment m, shaped like the parameters, float32 (complex64 for a complex
+      parameter, float64 or complex128 for one of those dtypes);
+    - `nu`: the second raw moment v, shaped alike, real.
+    """
+    return scale_by(_algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov))
+
+
+def adam(
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormat = None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam, Algorithm 1 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
+
+    With gradient g, step count t (from 1) and learning rate alpha, each coordinate follows
+
+        m <- b1 m + (1 - b1) g                 m^ = m / (1 - b1^t)
+        v <- b2 v + (1 - b2) |g|^2             v^ = v / (1 - b2^t)
+        update = -alpha m^ / (sqrt(v^ + eps_root) + eps)
+
+    in float32 (float64 for float64 leaves), whatever the dtype of parameters and gradients.
+    The update has the gradient's dtype and is rounded to it once. Where the denominator is 0,
+    which takes eps = eps_root = 0 and a v of 0, the update is 0.
+
+    Args:
+        learning_rate: alpha, in units of the parameters. A number, a 0-d array or tracer, a
+            schedule (a function of the step count, from 0), or a tree of these that is a prefix
+            of the parameter tree: one rate for each subtree.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second raw moment, in [0, 1).
+        eps: added to the denominator, in units of the gradient.
+        eps_root: added inside the square root, in units of the gradient squared.
+        mu_dtype: how m is stored: None or "float32".
+        nu_dtype: how v is stored: None or "float32". None is float32, and float64 for float64
+            and complex128 parameters.
+        nesterov: replace m^ by b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t), after
+            [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
+
+    Returns:
+        An optax gradient transformation. Its state equals that of `optax.adam`, leaf for leaf:
+        `scale_by_adam` describes it. A `None` gradient gives a `None` update and leaves the
+        moments untouched. A finite gradient counts as at most 2^63 in magnitude, so that its
+        square is finite; an infinite or NaN one poisons the moments, unless
+        `optax.apply_if_finite` keeps it out.
+
+    Raises:
+        ValueError: when called, for a concrete hyperparameter outside its range or an unknown
+            storage format; in `update`, for gradients that do not fit the state.
+        TypeError: for a parameter or gradient of integer dtype, naming its path.
+
+    Example:
+        >>> import adam_jax, jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.adam(learning_rate=0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> gradients = jax.grad(lambda x: jnp.sum(x**2))(params)
+        >>> updates, state = optimizer.update(gradients, state, params)
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.9, -1.9], dtype=float32)
+    """
+    algorithm = _algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov)
+    return descend(algorithm, learning_rate)
+
+
+def adamw(
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    weight_decay: WeightDecay = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nu_dtype: StorageFormat = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with decoupled weight decay, [Loshchilov and Hutter](https://arxiv.org/abs/1711.05101).
+
+        update = -alpha (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay theta)
+
+    Everything else is as in `adam`. `update` needs the parameters theta.
+
+    Args:
+        learning_rate: alpha, as in `adam`.
+        b1: as in `adam`.
+        b2: as in `adam`.
+        eps: as in `adam`.
+        eps_root: as in `adam`.
+        mu_dtype: as in `adam`.
+        weight_decay: a number or a schedule, multiplied by the learning rate as in optax and
+            torch. optax's default 1e-4; torch's is 1e-2.
+        mask: which leaves decay: a tree of bools that is a prefix of the parameter tree, or a
+            function from the parameters to one. None: all of them.
+        nu_dtype: as in `adam`.
+        nesterov: as in `adam`.
+
+    Raises:
+        ValueError: as `adam`; and in `update` when called without parameters.
+        TypeError: as `adam`.
+    """
+    algorithm = _algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov)
+    return descend(algorithm, learning_rate, weight_decay, mask)
+
+
+def nadam(
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormat = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` with `nesterov=True`.
+
+    Dozat's report also warms b1 up over the first few hundred steps (torch's `momentum_decay`);
+    like optax's, this one does not.
+    """
+    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov=True)
+
+
+def nadamw(
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    weight_decay: WeightDecay = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nu_dtype: StorageFormat = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adamw` with `nesterov=True`."""
+    return adamw(
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask,
+        nu_dtype=nu_dtype, nesterov=True,
+    )  # fmt: skip

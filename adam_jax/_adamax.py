@@ -1,0 +1,110 @@
+"""AdaMax, Algorithm 2 of Kingma and Ba, arXiv:1412.6980, section 7.1."""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import check_decay, check_not_negative
+from adam_jax._moments import Decay, bias_correction, decay, decayed, quotient
+from adam_jax._transformation import Algorithm, descend, scale_by
+from adam_jax._types import LearningRate, Leaf, Mask, RealLeaf, Scalar, WeightDecay
+
+
+class _Settings(NamedTuple):
+    b1: Decay
+    b2: Scalar
+    eps: Scalar
+
+
+class _Scalars(NamedTuple):
+    settings: _Settings
+    unbias_m: Scalar  # 1 / (1 - b1^t)
+
+
+def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
+    return _Scalars(settings=s, unbias_m=1 / bias_correction(s.b1, t))
+
+
+def _leaf(
+    g: Leaf, moments: tuple[Leaf, RealLeaf], s: _Scalars
+) -> tuple[Leaf, tuple[Leaf, RealLeaf]]:
+    m, u = moments
+    b1, b2, eps = s.settings
+    m = decayed(m, g, b1)
+    u = jnp.maximum(b2 * u, jnp.abs(g) + eps)
+    m_hat = m * s.unbias_m
+    return quotient(m_hat, u), (m, u)
+
+
+def _algorithm(b1: Scalar, b2: Scalar, eps: Scalar) -> Algorithm:
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_not_negative("eps", eps)
+    return Algorithm(
+        state=optax.ScaleByAdamState,
+        moments={
+            "mu": functools.partial(_storage.zeros, None, real=False),
+            "nu": functools.partial(_storage.zeros, None, real=True),
+        },
+        settings=_Settings(decay(b1), decay(b2).b, eps),
+        scalars=_scalars,
+        leaf=_leaf,
+    )
+
+
+def scale_by_adamax(
+    b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """AdaMax's direction m^ / u, with neither sign nor learning rate.
+
+    `adamax` gives the equations, the arguments and the errors. The state is
+    `optax.ScaleByAdamState`, as in `scale_by_adam`, with u for `nu`.
+    """
+    return scale_by(_algorithm(b1, b2, eps))
+
+
+def adamax(
+    learning_rate: LearningRate, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """AdaMax, Algorithm 2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
+
+    The first moment is Adam's; an exponentially weighted infinity norm takes the place of the
+    second:
+
+        m <- b1 m + (1 - b1) g
+        u <- max(b2 u, |g| + eps)
+        update = -(alpha / (1 - b1^t)) m / u
+
+    No step is longer than alpha, and u needs no bias correction. The eps inside the maximum is
+    optax's and torch's addition to the paper; with eps = 0, a coordinate whose gradients have
+    all been zero has u = 0 and does not move.
+
+    Args:
+        learning_rate: alpha, as in `adam`; the paper suggests 0.002.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the infinity norm, in [0, 1).
+        eps: added to |g|, in units of the gradient.
+
+    Raises:
+        ValueError: as `adam`.
+        TypeError: as `adam`.
+    """
+    return descend(_algorithm(b1, b2, eps), learning_rate)
+
+
+def adamaxw(
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: WeightDecay = 1e-4,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adamax` with decoupled weight decay: `weight_decay` and `mask` are those of `adamw`.
+
+    update = -alpha (m / ((1 - b1^t) u) + weight_decay theta)
+    """
+    return descend(_algorithm(b1, b2, eps), learning_rate, weight_decay, mask)

@@ -1,0 +1,163 @@
+"""AMSGrad (Reddi, Kale and Kumar 2018, arXiv:1904.09237): the denominator never shrinks."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import check_choice, check_decay, check_not_negative
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, quotient, sqrt
+from adam_jax._transformation import Algorithm, descend, scale_by
+from adam_jax._types import LearningRate, Leaf, RealLeaf, Scalar, StorageFormat
+
+Maximum = Literal["raw", "corrected"]
+
+
+class _Settings(NamedTuple):
+    b1: Decay
+    b2: Decay
+    eps: Scalar
+    eps_root: Scalar
+    correct_mu: bool
+    correct_before: bool  # whether v is bias-corrected before the maximum is taken
+    correct_after: bool  # or after
+
+
+class _Scalars(NamedTuple):
+    settings: _Settings
+    unbias_m: Scalar
+    before: Scalar
+    after: Scalar
+
+
+def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
+    unbias_v = 1 / bias_correction(s.b2, t)
+    return _Scalars(
+        settings=s,
+        unbias_m=jnp.where(s.correct_mu, 1 / bias_correction(s.b1, t), 1),
+        before=jnp.where(s.correct_before, unbias_v, 1),
+        after=jnp.where(s.correct_after, unbias_v, 1),
+    )
+
+
+def _leaf(
+    g: Leaf, moments: tuple[Leaf, RealLeaf, RealLeaf], s: _Scalars
+) -> tuple[Leaf, tuple[Leaf, RealLeaf, RealLeaf]]:
+    m, v, v_max = moments
+    b1, b2, eps, eps_root, *_ = s.settings
+    m = decayed(m, g, b1)
+    v = decayed(v, abs_sq(g), b2)
+    v_max = jnp.maximum(v_max, v * s.before)
+    m_hat = m * s.unbias_m
+    v_hat = v_max * s.after
+    return quotient(m_hat, sqrt(v_hat + eps_root) + eps), (m, v, v_max)
+
+
+def _algorithm(
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    mu_dtype: StorageFormat,
+    bias_correction_mu: bool,
+    bias_correction_nu: bool,
+    maximum: Maximum,
+) -> Algorithm:
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_not_negative("eps", eps)
+    check_not_negative("eps_root", eps_root)
+    check_choice("maximum", maximum, ("raw", "corrected"))
+    mu_format = _storage.storage_format("mu_dtype", mu_dtype)
+    zeros = functools.partial(_storage.zeros, None, real=True)
+    corrected = maximum == "corrected"
+    return Algorithm(
+        state=optax.ScaleByAmsgradState,
+        moments={
+            "mu": functools.partial(_storage.zeros, mu_format, real=False),
+            "nu": zeros,
+            "nu_max": zeros,
+        },
+        settings=_Settings(
+            b1=decay(b1),
+            b2=decay(b2),
+            eps=eps,
+            eps_root=eps_root,
+            correct_mu=bias_correction_mu,
+            correct_before=bias_correction_nu and corrected,
+            correct_after=bias_correction_nu and not corrected,
+        ),
+        scalars=_scalars,
+        leaf=_leaf,
+    )
+
+
+def scale_by_amsgrad(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    maximum: Maximum = "raw",
+) -> optax.GradientTransformationExtraArgs:
+    """AMSGrad's direction, with neither sign nor learning rate.
+
+    `amsgrad` gives the equations, the arguments and the errors. The state is
+    `optax.ScaleByAmsgradState`: that of `scale_by_adam` and `nu_max`, which is stored like `nu`
+    and holds v_max.
+    """
+    return scale_by(
+        _algorithm(b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, maximum)
+    )
+
+
+def amsgrad(
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: StorageFormat = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    maximum: Maximum = "raw",
+) -> optax.GradientTransformationExtraArgs:
+    """AMSGrad, after [Reddi, Kale and Kumar (2018)](https://arxiv.org/abs/1904.09237).
+
+    As `adam`, but the denominator uses the largest v so far. There are two orders in use:
+
+        maximum="raw" (torch)        v_max <- max(v_max, v)        v^ = v_max / (1 - b2^t)
+        maximum="corrected" (optax)  v_max <- max(v_max, v / (1 - b2^t))        v^ = v_max
+
+    They differ in the first 1 / (1 - b2) steps: "corrected" remembers the very first gradients
+    at full weight and keeps the denominator at their size, "raw" lets the correction fall. A
+    checkpoint written by `optax.amsgrad` continues with maximum="corrected".
+
+    Args:
+        learning_rate: alpha, as in `adam`.
+        b1: as in `adam`.
+        b2: as in `adam`.
+        eps: as in `adam`.
+        eps_root: as in `adam`.
+        mu_dtype: as in `adam`.
+        bias_correction_mu: False leaves m as it is, as in the AMSGrad paper.
+        bias_correction_nu: False leaves v as it is, as in the AMSGrad paper; `maximum` then
+            makes no difference.
+        maximum: "raw" or "corrected": what the maximum is taken of.
+
+    Raises:
+        ValueError: as `adam`, and for any other `maximum`.
+        TypeError: as `adam`.
+    """
+    return descend(
+        _algorithm(
+            b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, maximum
+        ),
+        learning_rate,
+    )

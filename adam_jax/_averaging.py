@@ -1,0 +1,118 @@
+"""Temporal averaging of the parameters: section 7.2 of Kingma and Ba, arXiv:1412.6980."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import check_decay, check_leaves
+from adam_jax._moments import Decay, bias_correction, decayed
+from adam_jax._moments import decay as prepare
+from adam_jax._types import Leaf, RealLeaf, Scalar
+
+
+class AverageParamsState(NamedTuple):
+    """State of `average_params`."""
+
+    count: jax.Array  # int32, shape (): t, the number of steps averaged over
+    weight: jax.Array  # float32, shape (): 1 - decay^t, the sum of the average's weights
+    average: optax.Params  # theta_avg, biased towards zero; stored like a first moment
+    inner_state: Any  # the state of the optimizer inside
+
+
+def average_params(
+    inner: optax.GradientTransformation, decay: Scalar = 0.999
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps an average of the parameters, beside whatever `inner` does to them.
+
+    After each step of `inner`, with theta the new parameters,
+
+        theta_avg <- decay theta_avg + (1 - decay) theta
+
+    (section 7.2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980)), in float32 or
+    wider. The updates are those of `inner`. `averaged_params` reads the average out. Wrap the
+    whole chain: what is averaged is `optax.apply_updates(params, updates)` with the updates
+    that leave this wrapper.
+
+    Args:
+        inner: any optax gradient transformation.
+        decay: in [0, 1); the average looks back over about 1 / (1 - decay) steps.
+
+    Raises:
+        ValueError: for a decay out of range, and in `update` when called without parameters.
+        TypeError: in `init`, for a parameter of integer dtype, naming its path.
+    """
+    check_decay("decay", decay)
+    inner = optax.with_extra_args_support(inner)
+    b = prepare(decay)
+
+    def init(params: optax.Params) -> AverageParamsState:
+        check_leaves("parameter", params)
+        return AverageParamsState(
+            count=jnp.zeros([], jnp.int32),
+            weight=jnp.zeros([], jnp.float32),
+            average=jax.tree.map(lambda p: _storage.zeros(None, p, real=False), params),
+            inner_state=inner.init(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: AverageParamsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AverageParamsState]:
+        if params is None:
+            raise ValueError(
+                "average_params needs the parameters: call update(gradients, state, params)."
+            )
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        new_params = optax.apply_updates(params, updates)
+        count = optax.safe_increment(state.count)
+        weight = bias_correction(b, count.astype(jnp.result_type(float)))
+        return updates, AverageParamsState(
+            count=count,
+            weight=weight.astype(state.weight.dtype),
+            average=jax.tree.map(lambda a, p: _average_leaf(a, p, b), state.average, new_params),
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(params: optax.Params, state: Any) -> optax.Params:
+    """The averaged parameters theta_avg / (1 - decay^t), in the dtypes of `params`.
+
+    Args:
+        params: the current parameters; returned as they are before the first step.
+        state: an optimizer state with one `average_params` state in it, at any depth.
+
+    Raises:
+        ValueError: when there is no such state, or more than one.
+    """
+    is_average = lambda x: isinstance(x, AverageParamsState)  # noqa: E731
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_average) if is_average(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one average_params state, found {len(found)} in "
+            f"{type(state).__name__}. Pass the state of an optimizer that average_params wraps."
+        )
+    return jax.tree.map(
+        lambda p, average: _read_leaf(p, average, found[0].weight), params, found[0].average
+    )
+
+
+@jax.jit
+def _average_leaf(average: Leaf, param: Leaf, b: Decay) -> Leaf:
+    dtype = jnp.finfo(average.dtype).dtype
+    b = jax.tree.map(lambda x: jnp.asarray(x, dtype), b)
+    return decayed(average, param.astype(average.dtype), b)
+
+
+@jax.jit
+def _read_leaf(param: Leaf, average: Leaf, weight: RealLeaf) -> Leaf:
+    weight = weight.astype(jnp.finfo(average.dtype).dtype)
+    started = weight > 0
+    corrected = average / jnp.where(started, weight, 1)
+    return jnp.where(started, corrected.astype(param.dtype), param)

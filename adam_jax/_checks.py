@@ -1,0 +1,136 @@
+"""What callers can get wrong, found while tracing: hyperparameters, and trees that don't fit.
+
+Only concrete numbers are checked. Inside `optax.inject_hyperparams`, `jit` or `vmap` the
+hyperparameters are tracers, and a traced value has no range to compare with.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax._types import Scalar
+
+
+def check_decay(name: str, b: Scalar) -> None:
+    """Raises ValueError unless 0 <= b < 1 (a bfloat16 or float16 b may have rounded to 1)."""
+    _check_scalar(name, b)
+    # `optax.inject_hyperparams` rounds to the parameters' dtype: see `_moments.decay`.
+    rounded = isinstance(b, jax.Array) and jnp.finfo(b.dtype).bits < 32
+    if _is_concrete(b) and not (0 <= b < 1 or (rounded and b == 1)):
+        raise ValueError(f"{name} must be in [0, 1), got {b}.")
+
+
+def check_not_negative(name: str, value: Scalar) -> None:
+    """Raises ValueError unless 0 <= value < infinity."""
+    _check_scalar(name, value)
+    if _is_concrete(value) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be non-negative and finite, got {value}.")
+
+
+def check_rate(name: str, rate: Any) -> None:
+    """Raises TypeError unless every leaf is a schedule, a number, or an array or tracer of one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rate, is_leaf=callable):
+        if not callable(leaf):
+            _check_number(name + (jax.tree_util.keystr(path)), leaf, "a number or a schedule")
+
+
+def _check_number(name: str, value: Any, expected: str) -> None:
+    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if isinstance(value, bool) or not number:
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+
+
+def _check_scalar(name: str, value: Scalar) -> None:
+    _check_number(name, value, "a number")
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, got shape {np.shape(value)}. To run several settings at "
+            "once, use jax.vmap."
+        )
+
+
+def _is_concrete(value: Scalar) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_leaves(what: str, tree: Any) -> None:
+    """Raises TypeError unless every leaf has a real or complex floating dtype."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        _check_inexact(what, lambda path=path: path, leaf)
+
+
+def _check_inexact(what: str, path: Callable[[], jax.tree_util.KeyPath], leaf: Any) -> None:
+    if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
+        raise TypeError(
+            f"{what} {keystr(path())} has dtype {_dtype(leaf)}; only real and complex floating "
+            "dtypes can be optimized. Leave the leaf out with optax.masked, or pass None for it."
+        )
+
+
+def check_leaf(
+    path: Callable[[], jax.tree_util.KeyPath],
+    gradient: Any,
+    moments: Sequence[Any],
+    names: Sequence[str],
+) -> None:
+    """Checks that a gradient leaf and the moments stored for it belong to one parameter."""
+    _check_inexact("gradient", path, gradient)
+    for name, moment in zip(names, moments, strict=True):
+        if not hasattr(moment, "dtype"):
+            raise ValueError(
+                f"gradient {keystr(path())} is an array, but state.{name} there is "
+                f"{type(moment).__name__}. The optimizer was initialised with other parameters: "
+                "call init again, or pass gradients with the structure of those parameters."
+            )
+        if np.shape(gradient) != np.shape(moment):
+            raise ValueError(
+                f"gradient {keystr(path())} has shape {np.shape(gradient)}, but state.{name} "
+                f"there has shape {np.shape(moment)}. A gradient has its parameter's shape."
+            )
+    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(moments[0]):
+        raise TypeError(
+            f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but state.{names[0]} there "
+            f"has dtype {_dtype(moments[0])}. A gradient is complex where its parameter is, and "
+            "only there."
+        )
+
+
+def flatten_up_to(
+    treedef: jax.tree_util.PyTreeDef, gradients: Any, tree: Any, name: str
+) -> list[Any]:
+    """The subtree of `tree` at every leaf of the gradients, or a ValueError with the path."""
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError as error:
+        ours, theirs = _paths(gradients), _paths(tree)
+        differences = [f"{path} is missing in {name}" for path in ours if path not in theirs]
+        differences += [f"{path} is only in {name}" for path in theirs if path not in ours]
+        detail = differences[0] if differences else str(error)
+        raise ValueError(
+            f"the gradients and {name} have different tree structures: {detail}. Pass gradients "
+            "with the structure of the parameters that init was called with."
+        ) from error
+
+
+def keystr(path: jax.tree_util.KeyPath) -> str:
+    """A leaf's path as it would be written to index the tree."""
+    return jax.tree_util.keystr(path) or "(the only leaf)"
+
+
+def _paths(tree: Any) -> list[str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    return [keystr(path) for path, _ in leaves]
+
+
+def _dtype(leaf: Any) -> Any:
+    return getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -1,0 +1,101 @@
+"""The arithmetic of one leaf: decayed averages, their bias correction, the quotient of a step.
+
+Everything here is elementwise on arrays of one floating dtype, which is float32 or float64
+(complex64 or complex128 for mu). Formulas are those of Kingma and Ba, arXiv:1412.6980, written
+so that float32 keeps what the algebra promises.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax._types import Leaf, RealLeaf, Scalar
+
+
+class Decay(NamedTuple):
+    """A decay rate b in the three forms that float32 cannot derive from each other.
+
+    For b = 0.999, float32 gets 1 - b wrong by 1e-5 and b^t by more at every step, so both 1 - b
+    and log b are taken in double on the host whenever b is a Python number.
+    """
+
+    b: Scalar
+    one_minus_b: Scalar
+    log_b: Scalar  # read only where b >= 1/2, see `bias_correction`
+
+
+def decay(b: Scalar) -> Decay:
+    """Prepares a decay rate: a Python number in [0, 1), or an array or tracer of one."""
+    if not isinstance(b, jax.Array):
+        b = float(b)
+        return Decay(b, 1 - b, math.log(max(b, 0.5)))
+    if jnp.finfo(b.dtype).bits < 32:
+        # `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, and in
+        # bfloat16 every decay rate above 1 - 2^-9 becomes 1, with which nothing would ever be
+        # learnt. The middle of the interval that was rounded away stands in for it: 0.99902.
+        below_one = 1 - jnp.finfo(b.dtype).epsneg / 4
+        b = b.astype(jnp.float32)
+        b = jnp.where(b == 1, jnp.float32(below_one), b)
+    one_minus_b = 1 - b  # exact for b >= 1/2
+    return Decay(b, one_minus_b, jnp.log1p(-jnp.minimum(one_minus_b, 0.5)))
+
+
+def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
+    """b average + (1 - b) new, as a step from whichever of the two weighs more.
+
+    In float32 the two weights of the textbook form do not sum to 1; a step from `average` (or
+    from `new`, when b < 1/2) has no such bias, and b = 0 returns `new` exactly.
+    """
+    difference = new - average
+    from_average = average + decay.one_minus_b * difference
+    from_new = new - decay.b * difference
+    return jnp.where(decay.b < 0.5, from_new, from_average)
+
+
+def bias_correction(decay: Decay, count: RealLeaf) -> RealLeaf:
+    """1 - b^count for a step count >= 1, to within about an ulp for every b in [0, 1)."""
+    # Both branches are finite with finite derivatives, so that gradients with respect to b
+    # survive b = 0, where log b does not exist.
+    return jnp.where(
+        decay.b < 0.5,
+        1 - jnp.asarray(decay.b, count.dtype) ** count,
+        -jnp.expm1(count * decay.log_b),
+    )
+
+
+def abs_sq(x: Leaf) -> RealLeaf:
+    """|x|^2, real for complex x."""
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def saturate(g: Leaf) -> Leaf:
+    """Limits finite gradients to 2^63 in magnitude (float64: 2^511), so that squares stay finite.
+
+    Without it a single gradient of 1e20 makes nu infinite for ever, and without limiting the
+    first moment too the step would exceed its bound. Infinity and NaN pass: they mean that a
+    computation failed, and hiding that is not an optimizer's business.
+    """
+    if jnp.iscomplexobj(g):
+        return jax.lax.complex(saturate(g.real), saturate(g.imag))
+    limit = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1)
+    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
+
+
+def sqrt(x: RealLeaf) -> RealLeaf:
+    """Square root whose derivative at 0 is 0 rather than infinite, which times 0 would be NaN."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def quotient(numerator: Leaf, denominator: RealLeaf) -> Leaf:
+    """Numerator / denominator, and 0 / 0 = 0: a coordinate that never had a gradient stays."""
+    zero = denominator == 0
+    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
+
+
+def real_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype of the real and imaginary parts: float32 for complex64 and for float32."""
+    return jnp.finfo(dtype).dtype

@@ -1,0 +1,222 @@
+"""From the arithmetic of one leaf to an optax gradient transformation over a tree.
+
+An `Algorithm` says what happens to one leaf. This module walks the trees, checks them, reads
+and writes the stored moments, and does the rest of a step (decoupled decay and learning rate)
+in the same pass, so that an update is rounded once, to the gradient's dtype, at its very end.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
+from adam_jax._moments import real_dtype, saturate
+from adam_jax._types import LearningRate, Leaf, Mask, RealLeaf, Scalar, WeightDecay
+
+
+class Algorithm(NamedTuple):
+    """A variant of Adam, as one leaf sees it."""
+
+    state: Callable[..., Any]  # NamedTuple class with fields `count` and one tree per moment
+    moments: dict[str, Callable[[Leaf], Leaf]]  # the moments' names and initial values
+    settings: Any  # hyperparameters: a pytree of scalars, never a reason to compile again
+    scalars: Callable[[Any, RealLeaf], Any]  # (settings, count) -> what a step needs of them
+    leaf: Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
+    # ^ (gradient, moments, scalars) -> direction, new moments. Like `scalars` a function of a
+    #   module, never a closure: jit caches what it compiled by this function's identity.
+
+
+def scale_by(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
+    """The direction of a step alone, with neither sign nor learning rate."""
+
+    def init(params: optax.Params) -> Any:
+        return _init(algorithm, params)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        return _update(algorithm, updates, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def descend(
+    algorithm: Algorithm,
+    learning_rate: LearningRate,
+    weight_decay: WeightDecay | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The whole step: -learning_rate (direction + weight_decay params).
+
+    The state is that of the optax chain it stands for, so checkpoints are interchangeable.
+    """
+    check_rate("learning_rate", learning_rate)
+    if weight_decay is not None:
+        check_rate("weight_decay", weight_decay)
+    scheduled = any(map(callable, jax.tree.leaves(learning_rate, is_leaf=callable)))
+    tail = [optax.scale_by_learning_rate((lambda count: 0.0) if scheduled else 0.0)]
+    if weight_decay is not None:
+        tail.insert(0, optax.add_decayed_weights(weight_decay, mask))
+
+    def init(params: optax.Params) -> tuple[Any, ...]:
+        return (_init(algorithm, params), *(part.init(params) for part in tail))
+
+    def update(
+        updates: optax.Updates,
+        state: tuple[Any, ...],
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, tuple[Any, ...]]:
+        del extra_args
+        if not isinstance(state, tuple) or len(state) != 1 + len(tail):
+            raise ValueError(
+                f"expected a state of {1 + len(tail)} parts, as init returns it, got "
+                f"{type(state).__name__} of {len(state)}."
+            )
+        direction_state, *tail_states = state
+        rates = _per_leaf("learning_rate", _at(learning_rate, tail_states[-1]), updates)
+        decays: list[Any] | None = None
+        if weight_decay is not None:
+            if params is None:
+                raise ValueError(
+                    "weight decay needs the parameters: call update(gradients, state, params)."
+                )
+            decay = _at(weight_decay, tail_states[0])
+            decayed = True if mask is None else mask(params) if callable(mask) else mask
+            decays = [decay if yes else None for yes in _per_leaf("mask", decayed, updates)]
+        updates, direction_state = _update(
+            algorithm, updates, direction_state, params, rates, decays
+        )
+        # The tail's states hold nothing but the counts of their schedules.
+        return updates, (direction_state, *jax.tree.map(optax.safe_increment, tail_states))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _init(algorithm: Algorithm, params: optax.Params) -> Any:
+    check_leaves("parameter", params)
+    moments = {name: jax.tree.map(zeros, params) for name, zeros in algorithm.moments.items()}
+    return algorithm.state(count=jnp.zeros([], jnp.int32), **moments)
+
+
+def _update(
+    algorithm: Algorithm,
+    gradients: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    rates: Sequence[Any] | None = None,
+    decays: Sequence[Any] | None = None,
+) -> tuple[optax.Updates, Any]:
+    """One step on every leaf; a leaf whose gradient is None keeps its moments as they are."""
+    if not isinstance(state, algorithm.state):
+        raise TypeError(
+            f"expected the {algorithm.state.__name__} that init returns, got "
+            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
+            "restore it onto the state from init."
+        )
+    names = list(algorithm.moments)
+    gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=_is_none)
+    moments = list(
+        zip(
+            *(
+                flatten_up_to(treedef, gradients, getattr(state, name), f"state.{name}")
+                for name in names
+            ),
+            strict=True,
+        )
+    )
+    n = len(gradient_leaves)
+    param_leaves = [None] * n
+    if decays is not None:
+        param_leaves = flatten_up_to(treedef, gradients, params, "params")
+    count = optax.safe_increment(state.count)
+    scalars = _scalars(algorithm.scalars, algorithm.settings, count)
+    outcome = []
+    for i, (g, stored) in enumerate(zip(gradient_leaves, moments, strict=True)):
+        if g is None:
+            outcome.append((None, stored))
+            continue
+        check_leaf(lambda i=i: _path(gradients, i), g, stored, names)
+        outcome.append(
+            _leaf_step(
+                algorithm.leaf,
+                g,
+                stored,
+                scalars,
+                param_leaves[i],
+                rates and rates[i],
+                decays and decays[i],
+            )
+        )
+    new_moments = {
+        name: treedef.unflatten([stored[k] for _, stored in outcome])
+        for k, name in enumerate(names)
+    }
+    updates = treedef.unflatten([u for u, _ in outcome])
+    return updates, algorithm.state(count=count, **new_moments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scalars(scalars: Callable[[Any, RealLeaf], Any], settings: Any, count: jax.Array) -> Any:
+    return scalars(settings, count.astype(jnp.result_type(float)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _leaf_step(
+    leaf: Callable[..., tuple[Leaf, tuple[Leaf, ...]]],
+    gradient: Leaf,
+    stored: tuple[Leaf, ...],
+    scalars: Any,
+    param: Leaf | None,
+    learning_rate: Scalar | None,
+    weight_decay: Scalar | None,
+) -> tuple[Leaf, tuple[Leaf, ...]]:
+    """One leaf's step. Jitted by itself: traced once per shape, and one call in eager use."""
+    wide = functools.reduce(jnp.promote_types, (x.dtype for x in stored), gradient.dtype)
+    real = real_dtype(wide)
+    gradient_dtype = gradient.dtype
+    moments = tuple(_storage.load(x, real) for x in stored)
+    scalars = jax.tree.map(lambda x: jnp.asarray(x, real), scalars)
+    update, moments = leaf(saturate(gradient.astype(wide)), moments, scalars)
+    if weight_decay is not None:
+        update = update + jnp.asarray(weight_decay, real) * param.astype(wide)
+    if learning_rate is not None:
+        update = -jnp.asarray(learning_rate, real) * update
+    return update.astype(gradient_dtype), tuple(map(_storage.store, moments, stored))
+
+
+def _at(rate: LearningRate, state: Any) -> Any:
+    """A rate, or tree of rates, with schedules evaluated at the count that the state holds."""
+    return jax.tree.map(
+        lambda r: r(jax.tree.leaves(state)[0]) if callable(r) else r, rate, is_leaf=callable
+    )
+
+
+def _per_leaf(name: str, prefix: Any, tree: Any) -> list[Any]:
+    """The value that `prefix`, a tree prefix of `tree`, gives to each leaf of `tree`."""
+    try:
+        spread = jax.tree.map(
+            lambda value, subtree: jax.tree.map(lambda _: value, subtree, is_leaf=_is_none),
+            prefix,
+            tree,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be one value or a tree prefix of the parameters: {error}"
+        ) from error
+    return jax.tree.leaves(spread)
+
+
+def _path(tree: Any, i: int) -> jax.tree_util.KeyPath:
+    """The path of the i-th leaf: only errors need it, so only they pay for it."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)[0][i][0]
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

@@ -1,0 +1,17 @@
+"""Names for the types that signatures share."""
+
+from collections.abc import Callable
+
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Complex, Float, PyTree
+
+Leaf = Float[Array, "*leaf"] | Complex[Array, "*leaf"]  # a gradient, a parameter or mu
+RealLeaf = Float[Array, "*leaf"]  # nu, and whatever else is made of magnitudes
+Scalar = float | np.floating | Float[Array, ""]  # a number, a 0-d array or a tracer of one
+
+LearningRate = Scalar | optax.Schedule | PyTree[Scalar | optax.Schedule]
+WeightDecay = Scalar | optax.Schedule
+Mask = PyTree[bool] | Callable[[optax.Params], PyTree[bool]]
+StorageFormat = str | DTypeLike | None
