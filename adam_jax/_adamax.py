@@ -10,7 +10,7 @@ from adam_jax import _storage
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._moments import Decay, bias_correction, decay, decayed, quotient
 from adam_jax._transformation import Algorithm, descend, scale_by
-from adam_jax._types import LearningRate, Leaf, Mask, RealLeaf, Scalar, WeightDecay
+from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
 
 
 class _Settings(NamedTuple):

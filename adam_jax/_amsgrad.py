@@ -10,7 +10,7 @@ from adam_jax import _storage
 from adam_jax._checks import check_choice, check_decay, check_not_negative
 from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, quotient, sqrt
 from adam_jax._transformation import Algorithm, descend, scale_by
-from adam_jax._types import LearningRate, Leaf, RealLeaf, Scalar, StorageFormat
+from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
 
 Maximum = Literal["raw", "corrected"]
 

@@ -5,12 +5,14 @@ Everything here is elementwise on arrays of one floating dtype, which is float32
 so that float32 keeps what the algebra promises.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from adam_jax._types import Leaf, RealLeaf, Scalar
 
@@ -36,15 +38,15 @@ def decay(b: Scalar) -> Decay:
         # `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, and in
         # bfloat16 every decay rate above 1 - 2^-9 becomes 1, with which nothing would ever be
         # learnt. The middle of the interval that was rounded away stands in for it: 0.99902.
-        below_one = 1 - jnp.finfo(b.dtype).epsneg / 4
+        below_one = 1 - float(jnp.finfo(b.dtype).epsneg) / 4
         b = b.astype(jnp.float32)
-        b = jnp.where(b == 1, jnp.float32(below_one), b)
+        b = jnp.where(b == 1, below_one, b)
     one_minus_b = 1 - b  # exact for b >= 1/2
     return Decay(b, one_minus_b, jnp.log1p(-jnp.minimum(one_minus_b, 0.5)))
 
 
 def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
-    """b average + (1 - b) new, as a step from whichever of the two weighs more.
+    """B average + (1 - b) new, as a step from whichever of the two weighs more.
 
     In float32 the two weights of the textbook form do not sum to 1; a step from `average` (or
     from `new`, when b < 1/2) has no such bias, and b = 0 returns `new` exactly.
@@ -96,6 +98,12 @@ def quotient(numerator: Leaf, denominator: RealLeaf) -> Leaf:
     return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
 
 
-def real_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+def real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """The dtype of the real and imaginary parts: float32 for complex64 and for float32."""
     return jnp.finfo(dtype).dtype
+
+
+def arithmetic_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
+    """The dtype to compute in: wide enough for all of these, and float32 at the least."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))

@@ -1,10 +1,10 @@
 """How a moment is kept between steps: what it starts as, how it is read, how it is written."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from adam_jax._moments import real_dtype
+from adam_jax._moments import arithmetic_dtype, real_dtype
 from adam_jax._types import Leaf, StorageFormat
 
 _FORMATS = ("float32",)
@@ -20,7 +20,7 @@ def storage_format(name: str, requested: StorageFormat) -> str | None:
     try:
         format = np.dtype(requested).name
     except TypeError:
-        format = None
+        format = ""
     if format not in _FORMATS:
         raise ValueError(
             f"{name} must be None or one of {', '.join(map(repr, _FORMATS))} (or the dtype of "
@@ -29,18 +29,17 @@ def storage_format(name: str, requested: StorageFormat) -> str | None:
     return format
 
 
-def zeros(format: str | None, param: Leaf, *, real: bool) -> Leaf:
+def zeros(format: str | None, param: ArrayLike, *, real: bool) -> Leaf:
     """The initial moment of a parameter: zeros of its shape, of a real dtype if `real`."""
-    dtype = jnp.result_type(param)
-    wide = jnp.dtype(format or jnp.promote_types(real_dtype(dtype), jnp.float32))
-    if jnp.issubdtype(dtype, jnp.complexfloating) and not real:
-        wide = jnp.result_type(wide, jnp.complex64)
-    return jnp.zeros_like(param, dtype=wide)
+    dtype = arithmetic_dtype(jnp.result_type(param))
+    if format is not None and jnp.finfo(dtype).bits > 32:
+        dtype = np.dtype(np.complex64 if jnp.iscomplexobj(param) else format)
+    return jnp.zeros_like(param, dtype=real_dtype(dtype) if real else dtype)
 
 
-def load(stored: Leaf, dtype: jax.typing.DTypeLike) -> Leaf:
-    """A stored moment in the dtype of the arithmetic (which is real for a real moment)."""
-    return stored.astype(jnp.promote_types(stored.dtype, dtype))
+def load(stored: Leaf, dtype: DTypeLike) -> Leaf:
+    """A stored moment in the arithmetic's real dtype, or in its complex one if it is complex."""
+    return stored.astype(arithmetic_dtype(stored.dtype, dtype))
 
 
 def store(moment: Leaf, like: Leaf) -> Leaf:

@@ -15,8 +15,8 @@ import optax
 
 from adam_jax import _storage
 from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
-from adam_jax._moments import real_dtype, saturate
-from adam_jax._types import LearningRate, Leaf, Mask, RealLeaf, Scalar, WeightDecay
+from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
+from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
 
 
 class Algorithm(NamedTuple):
@@ -178,16 +178,18 @@ def _leaf_step(
     weight_decay: Scalar | None,
 ) -> tuple[Leaf, tuple[Leaf, ...]]:
     """One leaf's step. Jitted by itself: traced once per shape, and one call in eager use."""
-    wide = functools.reduce(jnp.promote_types, (x.dtype for x in stored), gradient.dtype)
-    real = real_dtype(wide)
     gradient_dtype = gradient.dtype
-    moments = tuple(_storage.load(x, real) for x in stored)
-    scalars = jax.tree.map(lambda x: jnp.asarray(x, real), scalars)
-    update, moments = leaf(saturate(gradient.astype(wide)), moments, scalars)
-    if weight_decay is not None:
-        update = update + jnp.asarray(weight_decay, real) * param.astype(wide)
-    if learning_rate is not None:
-        update = -jnp.asarray(learning_rate, real) * update
+    wide = arithmetic_dtype(gradient.dtype, *(x.dtype for x in stored))
+    real = real_dtype(wide)
+    # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
+    with jax.numpy_dtype_promotion("standard"):
+        scalars = jax.tree.map(lambda x: jnp.asarray(x, real), scalars)
+        moments = tuple(_storage.load(x, real) for x in stored)
+        update, moments = leaf(saturate(gradient.astype(wide)), moments, scalars)
+        if weight_decay is not None:
+            update = update + jnp.asarray(weight_decay, real) * param.astype(wide)
+        if learning_rate is not None:
+            update = -jnp.asarray(learning_rate, real) * update
     return update.astype(gradient_dtype), tuple(map(_storage.store, moments, stored))
 
 

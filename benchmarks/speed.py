@@ -1,0 +1,270 @@
+"""Times adam_jax beside optax.adam and, where torch is installed, torch's fused Adam.
+
+    python benchmarks/speed.py
+
+All of them run in one process, after a warm-up, in turns (ours, optax, torch, ours, ...), so that
+whatever else the machine does falls on all alike. Reported are medians over the rounds, and their
+ratios: absolute times mean little on another machine.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+import adam_jax
+
+RATE = 1e-3
+JAX_OPTIMIZERS = {"adam_jax": adam_jax.adam, "optax": optax.adam}
+TORCH = "torch, fused"
+Shapes = list[tuple[int, ...]]
+
+
+def cases(small: bool) -> dict[str, Shapes]:
+    """The shapes of the leaves of each tree; `small` ones run through in seconds."""
+    leaf, many, fewer = ((2**10,), 10, 5) if small else ((2**25,), 1000, 500)
+    return {
+        f"one leaf of {leaf[0]:,}": [leaf],
+        "GPT-2": gpt2(16, 64, 32, 2) if small else gpt2(768, 50257, 1024, 12),
+        f"{many} leaves of (128, 64)": [(128, 64)] * many,
+        f"{fewer} leaves of (64,)": [(64,)] * fewer,
+    }
+
+
+def gpt2(width: int, vocabulary: int, context: int, layers: int) -> Shapes:
+    """GPT-2's parameters: 148 leaves and 124M elements in its smallest published size."""
+    norm = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [
+        (vocabulary, width),
+        (context, width),
+        *(norm + attention + norm + mlp) * layers,
+        *norm,
+    ]
+
+
+def normal(shapes: Shapes, seed: int) -> list[jax.Array]:
+    """Standard normal leaves."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    draw = jax.jit(jax.random.normal, static_argnums=1)
+    return [draw(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def jitted(optimizer: optax.GradientTransformation) -> Any:
+    """A training step without the gradient: parameters and state are updated in place."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def jitted_step(optimizer: optax.GradientTransformation, shapes: Shapes) -> Callable[[], None]:
+    """One donated step on arrays of its own, as a function to be timed."""
+    step = jitted(optimizer)
+    gradients = normal(shapes, seed=1)
+    params = normal(shapes, seed=0)
+    carry = params, optimizer.init(params)
+
+    def run() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(step(*carry, gradients))
+
+    return run
+
+
+def eager_update(optimizer: optax.GradientTransformation, shapes: Shapes) -> Callable[[], None]:
+    """One un-jitted `optimizer.update`, without `apply_updates`."""
+    gradients = normal(shapes, seed=1)
+    state = optimizer.init(gradients)
+
+    def run() -> None:
+        nonlocal state
+        _, state = jax.block_until_ready(optimizer.update(gradients, state, gradients))
+
+    return run
+
+
+def torch_step(shapes: Shapes) -> Callable[[], None]:
+    """One step of torch's fused Adam."""
+    import torch
+
+    params = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = torch.optim.Adam(params, lr=RATE, fused=True)
+    return lambda: optimizer.step() and None
+
+
+def seconds_per_call(run: Callable[[], None], calls: int) -> float:
+    """The mean time of a few calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def in_turns(
+    runs: dict[str, Callable[[], None]], rounds: int, seconds: float, progress: tqdm
+) -> dict[str, float]:
+    """Each one's median time over the rounds, each of which takes about `seconds` of each."""
+    calls = {}
+    for name, run in runs.items():
+        seconds_per_call(run, 2)  # compiles, fills caches
+        calls[name] = max(1, round(seconds / seconds_per_call(run, 1)))
+    samples = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(seconds_per_call(run, calls[name]))
+        progress.update()
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def stages(optimizer: optax.GradientTransformation, shapes: Shapes) -> dict[str, float]:
+    """The time of each stage of compiling the step, with nothing remembered from before."""
+    jax.clear_caches()
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    state = jax.eval_shape(optimizer.init, params)
+    start = time.perf_counter()
+    traced = jitted(optimizer).trace(params, state, params)
+    traced_at = time.perf_counter()
+    lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    lowered.compile()
+    return {
+        "trace": traced_at - start,
+        "lower": lowered_at - traced_at,
+        "trace + lower": lowered_at - start,
+        "compile": time.perf_counter() - lowered_at,
+    }
+
+
+def recompilations(make: Callable[..., optax.GradientTransformation]) -> int:
+    """How many programs an eager update compiles for each hyperparameter given a new value."""
+    compiled = 0
+
+    def count(event: str, duration: float, **_: Any) -> None:
+        nonlocal compiled
+        compiled += event == "/jax/core/compile/backend_compile_duration"
+
+    gradients = normal([(8, 16), (16,)], seed=1)
+
+    def update(**changed: float) -> None:
+        optimizer = make(**{"learning_rate": RATE, "b1": 0.9, "b2": 0.999, "eps": 1e-8} | changed)
+        jax.block_until_ready(optimizer.update(gradients, optimizer.init(gradients), gradients))
+
+    jax.clear_caches()
+    update()
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for name, value in {"learning_rate": 0.01, "b1": 0.8, "b2": 0.99, "eps": 1e-6}.items():
+        update(**{name: value})
+    jax.monitoring.unregister_event_duration_listener(count)
+    return compiled
+
+
+def machine() -> str:
+    """What the numbers were measured on, in one line."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = [f"{package.__name__} {package.__version__}" for package in (jax, optax)]
+    if has_torch():
+        import torch
+
+        packages.append(f"torch {torch.__version__} ({torch.get_num_threads()} threads)")
+    return ", ".join(
+        [
+            models[0] if models else platform.processor() or platform.machine(),
+            f"{os.cpu_count()} cores",
+            f"JAX on {jax.devices()[0].device_kind}",
+            f"Python {platform.python_version()}",
+            *packages,
+        ]
+    )
+
+
+def has_torch() -> bool:
+    """Whether torch can be imported; it is not a dependency of this project."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def row(case: str, times: dict[str, float]) -> str:
+    """A line of the table: what was timed, the ratios, the times."""
+    ours, theirs, torch = (times.get(name) for name in (*JAX_OPTIMIZERS, TORCH))
+    cells = [case, f"{ours / theirs:.2f}", f"{ours / torch:.2f}" if torch else ""]
+    cells += [f"{1e3 * t:.3g}" if t else "" for t in (ours, theirs, torch)]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measures everything and prints a table in markdown; progress goes to stderr."""
+    parser = argparse.ArgumentParser(
+        description="Times adam_jax beside optax.adam and torch's fused Adam, in turns, and "
+        "prints ratios and medians as a markdown table."
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="turns that each one gets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny shapes: shows within seconds that all of this runs; the times mean nothing",
+    )
+    options = parser.parse_args()
+    trees = cases(options.small)
+    seconds = 0.0 if options.small else 0.1
+    few = max(1, options.rounds // 5)  # rounds for what takes seconds
+    progress = tqdm(total=len(trees) * (options.rounds + few) + few, unit="round")
+    optimizers = {name: make(RATE) for name, make in JAX_OPTIMIZERS.items()}
+
+    rows = []
+    for case, shapes in trees.items():
+        runs = {name: jitted_step(optimizer, shapes) for name, optimizer in optimizers.items()}
+        if has_torch():
+            runs[TORCH] = torch_step(shapes)
+        rows.append(row(f"step: {case}", in_turns(runs, options.rounds, seconds, progress)))
+    gpt2_shapes = trees["GPT-2"]
+    runs = {name: eager_update(optimizer, gpt2_shapes) for name, optimizer in optimizers.items()}
+    rows.append(row("eager `update`: GPT-2", in_turns(runs, few, 0.0, progress)))
+    del runs
+    for case, shapes in trees.items():
+        samples = {name: [] for name in optimizers}
+        for _ in range(few):
+            for name, optimizer in optimizers.items():
+                samples[name].append(stages(optimizer, shapes))
+            progress.update()
+        for stage in samples["adam_jax"][0]:
+            medians = {
+                name: statistics.median(sample[stage] for sample in times)
+                for name, times in samples.items()
+            }
+            rows.append(row(f"{stage}: {case}", medians))
+    progress.close()
+
+    print(f"{machine()}\n")
+    print(f"| | ours / optax | ours / torch | ours, ms | optax, ms | {TORCH}, ms |")
+    print("|---|---|---|---|---|---|")
+    print(*rows, sep="\n")
+    counts = {name: recompilations(make) for name, make in JAX_OPTIMIZERS.items()}
+    print(
+        "\nPrograms compiled by eager updates when learning rate, b1, b2 and eps change:", end=" "
+    )
+    print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
+
+
+if __name__ == "__main__":
+    main()

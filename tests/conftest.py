@@ -1,0 +1,26 @@
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Array shapes and dtypes in the annotations are checked at run time, in tests only.
+with install_import_hook(["adam_jax._moments", "adam_jax._storage"], "beartype.beartype"):
+    import adam_jax  # noqa: F401
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(params=[False, True], ids=["x32", "x64"])
+def x64(request):
+    """Runs a test in both of JAX's modes; the value says whether float64 is available."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", request.param)
+    yield request.param
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests in which code that is not ours mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,195 @@
+"""What callers get wrong: the error names what, where and what to do."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optimizers import ROWS
+
+import adam_jax
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+
+
+def update(optimizer, gradients, params=PARAMS):
+    return optimizer.update(gradients, optimizer.init(params), params)
+
+
+def with_kernel(kernel):
+    return {"dense": {"kernel": kernel, "bias": jnp.ones(3)}}
+
+
+@each_row
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan"), np.float32(1), np.array(2.0)])
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_decay_rates_out_of_range(row, name, value):
+    message = rf"{name} must be in \[0, 1\), got {re.escape(str(value))}"
+    with pytest.raises(ValueError, match=message):
+        row.make(**{name: value})
+
+
+@each_row
+@pytest.mark.parametrize("value", [-1e-8, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["eps", "eps_root"])
+def test_negative_or_infinite_eps(row, name, value):
+    make = functools.partial(row.make, **{name: value})
+    if row.takes(name):
+        with pytest.raises(
+            ValueError, match=f"{name} must be non-negative and finite, got {value}"
+        ):
+            make()
+
+
+def test_concrete_arrays_are_checked_and_tracers_are_not():
+    with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1.5"):
+        adam_jax.adam(0.1, b2=jnp.float32(1.5))
+    jax.jit(lambda b2: update(adam_jax.adam(0.1, b2=b2), PARAMS)[0])(1.5)
+
+
+def test_hyperparameters_are_scalars():
+    with pytest.raises(ValueError, match=r"b1 must be a scalar, got shape \(2,\).*jax\.vmap"):
+        adam_jax.adam(0.1, b1=jnp.array([0.9, 0.8]))
+    with pytest.raises(TypeError, match="eps must be a number, got 'small'"):
+        adam_jax.adam(0.1, eps="small")  # pyright: ignore[reportArgumentType]
+
+
+def test_learning_rate_and_weight_decay_of_the_wrong_type():
+    with pytest.raises(TypeError, match="learning_rate must be a number or a schedule, got 'fast'"):
+        adam_jax.adam("fast")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"learning_rate\['a'\] must be a number or a schedule"):
+        adam_jax.adam({"a": "fast"})
+    with pytest.raises(TypeError, match="weight_decay must be a number or a schedule"):
+        adam_jax.adamw(0.1, weight_decay="strong")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
+@pytest.mark.parametrize("value", ["int4", jnp.int32, "nonsense", 7, jnp.float16])
+def test_unknown_storage_formats(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be None or one of 'float32'.*got"):
+        adam_jax.adam(0.1, **{name: value})
+
+
+@pytest.mark.parametrize("value", [None, "float32", jnp.float32, np.dtype("float32")])
+def test_known_storage_formats(value, x64):
+    optimizer = adam_jax.scale_by_adam(mu_dtype=value, nu_dtype=value)
+    wide = jnp.float64 if x64 and value is None else jnp.float32
+    state = optimizer.init(jnp.ones(3, jnp.float64 if x64 else jnp.float32))
+    assert state.mu.dtype == state.nu.dtype == wide
+
+
+def test_unknown_maximum():
+    with pytest.raises(ValueError, match="maximum must be one of 'raw', 'corrected', got 'torch'"):
+        adam_jax.amsgrad(0.1, maximum="torch")  # pyright: ignore[reportArgumentType]
+
+
+@each_row
+@pytest.mark.parametrize("kind", ["int32", "bool", "float0"])
+def test_gradients_of_integer_dtype(row, kind):
+    dtype = jax.dtypes.float0 if kind == "float0" else kind
+    gradients = with_kernel(np.zeros((2, 3), dtype))
+    message = r"gradient \['dense'\]\['kernel'\] has dtype .*optax\.masked"
+    with pytest.raises(TypeError, match=message):
+        update(row.make(), gradients)
+
+
+@each_row
+def test_parameters_of_integer_dtype(row):
+    message = r"parameter \['dense'\]\['kernel'\] has dtype int32.*optax\.masked"
+    with pytest.raises(TypeError, match=message):
+        row.make().init(with_kernel(jnp.ones((2, 3), jnp.int32)))
+
+
+@each_row
+def test_gradients_of_another_shape(row):
+    message = r"gradient \['dense'\]\['kernel'\] has shape \(3, 2\), but state\.mu .* \(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        update(row.make(), with_kernel(jnp.ones((3, 2))))
+
+
+@each_row
+@pytest.mark.parametrize(
+    ("gradients", "detail"),
+    [
+        ({"dense": {"kernel": jnp.ones((2, 3))}}, r"\['dense'\]\['bias'\] is only in state\.mu"),
+        ({"conv": PARAMS["dense"]}, r"\['conv'\]\['bias'\] is missing in state\.mu"),
+        (jnp.ones(3), "state.mu there is dict"),
+    ],
+)
+def test_gradients_of_another_structure(row, gradients, detail):
+    with pytest.raises(ValueError, match=f"{detail}.*the parameters|{detail}.*those parameters"):
+        update(row.make(), gradients)
+
+
+@each_row
+def test_a_gradient_where_the_parameter_was_none(row):
+    params = with_kernel(None)
+    message = r"gradient \['dense'\]\['kernel'\] is an array, but state\.mu there is NoneType"
+    with pytest.raises(ValueError, match=message):
+        update(row.make(), PARAMS, params)
+
+
+@each_row
+def test_complex_gradients_of_real_parameters(row):
+    message = r"gradient \['dense'\]\['kernel'\] has dtype complex64, but state\.mu .* float32"
+    with pytest.raises(TypeError, match=message):
+        update(row.make(), with_kernel(jnp.ones((2, 3), jnp.complex64)))
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "adamaxw"])
+def test_decay_without_parameters(name):
+    optimizer = getattr(adam_jax, name)(0.1)
+    with pytest.raises(ValueError, match=r"weight decay needs the parameters: call update\(grad"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS))
+
+
+def test_averaging_without_parameters():
+    optimizer = adam_jax.average_params(adam_jax.adam(0.1))
+    with pytest.raises(ValueError, match="average_params needs the parameters"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS))
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+        adam_jax.average_params(adam_jax.adam(0.1), decay=1.0)
+
+
+def test_states_of_something_else():
+    optimizer = adam_jax.scale_by_adam()
+    with pytest.raises(
+        TypeError, match="expected the ScaleByAdamState that init returns, got dict"
+    ):
+        optimizer.update(PARAMS, {"count": 0, "mu": PARAMS, "nu": PARAMS})
+    with pytest.raises(ValueError, match="expected a state of 2 parts"):
+        adam_jax.adam(0.1).update(PARAMS, optimizer.init(PARAMS))
+
+
+def test_learning_rates_and_masks_that_do_not_fit():
+    with pytest.raises(ValueError, match="learning_rate must be one value or a tree prefix"):
+        update(adam_jax.adam({"conv": 0.1}), PARAMS)
+    with pytest.raises(ValueError, match="mask must be one value or a tree prefix"):
+        update(adam_jax.adamw(0.1, mask={"conv": True}), PARAMS)
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_the_mask_says_which_leaves_decay(as_function):
+    mask = {"dense": {"kernel": True, "bias": False}}
+    given = (lambda _: mask) if as_function else mask
+    updates, state = update(adam_jax.adamw(0.1, weight_decay=0.5, mask=given), PARAMS)
+    decayed, _ = update(adam_jax.adamw(0.1, weight_decay=0.5), PARAMS)
+    plain, _ = update(adam_jax.adam(0.1), PARAMS)
+    np.testing.assert_array_equal(updates["dense"]["kernel"], decayed["dense"]["kernel"])
+    np.testing.assert_array_equal(updates["dense"]["bias"], plain["dense"]["bias"])
+    theirs = optax.adamw(0.1, mask=mask).init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(theirs)
+
+
+def test_a_weight_decay_schedule():
+    optimizer = adam_jax.adamw(0.1, weight_decay=lambda count: 0.5 * count)
+    state = optimizer.init(PARAMS)
+    first, state = optimizer.update(PARAMS, state, PARAMS)
+    second, _ = optimizer.update(PARAMS, state, PARAMS)
+    difference = np.asarray(second["dense"]["bias"] - first["dense"]["bias"])
+    np.testing.assert_allclose(difference, -0.1 * 0.5, rtol=1e-5)
