@@ -15,7 +15,7 @@ from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDe
 
 class _Settings(NamedTuple):
     b1: Decay
-    b2: Scalar
+    b2: Decay
     eps: Scalar
 
 
@@ -34,7 +34,7 @@ def _leaf(
     m, u = moments
     b1, b2, eps = s.settings
     m = decayed(m, g, b1)
-    u = jnp.maximum(b2 * u, jnp.abs(g) + eps)
+    u = jnp.maximum(u - b2.one_minus_b * u, jnp.abs(g) + eps)
     m_hat = m * s.unbias_m
     return quotient(m_hat, u), (m, u)
 
@@ -49,7 +49,7 @@ def _algorithm(b1: Scalar, b2: Scalar, eps: Scalar) -> Algorithm:
             "mu": functools.partial(_storage.zeros, None, real=False),
             "nu": functools.partial(_storage.zeros, None, real=True),
         },
-        settings=_Settings(decay(b1), decay(b2).b, eps),
+        settings=_Settings(decay(b1), decay(b2), eps),
         scalars=_scalars,
         leaf=_leaf,
     )

@@ -16,7 +16,8 @@ from adam_jax._types import Leaf, RealLeaf, Scalar
 class AverageParamsState(NamedTuple):
     """State of `average_params`."""
 
-    count: jax.Array  # int32, shape (): t, the number of steps averaged over
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    # ^ int32, shape (): t, the number of steps averaged over
     weight: jax.Array  # float32, shape (): 1 - decay^t, the sum of the average's weights
     average: optax.Params  # theta_avg, biased towards zero; stored like a first moment
     inner_state: Any  # the state of the optimizer inside
@@ -59,7 +60,7 @@ def average_params(
 
     def update(
         updates: optax.Updates,
-        state: AverageParamsState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageParamsState]:
@@ -68,9 +69,14 @@ def average_params(
                 "average_params needs the parameters: call update(gradients, state, params)."
             )
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        new_params = optax.apply_updates(params, updates)
-        count = optax.safe_increment(state.count)
-        weight = bias_correction(b, count.astype(jnp.result_type(float)))
+        new_params = jax.tree.map(
+            lambda p, u: p if u is None else optax.apply_updates(p, u),
+            params,
+            updates,
+            is_leaf=lambda x: x is None,
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        weight = bias_correction(b, count.astype(float))
         return updates, AverageParamsState(
             count=count,
             weight=weight.astype(state.weight.dtype),
@@ -107,12 +113,14 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
 def _average_leaf(average: Leaf, param: Leaf, b: Decay) -> Leaf:
     dtype = jnp.finfo(average.dtype).dtype
     b = jax.tree.map(lambda x: jnp.asarray(x, dtype), b)
-    return decayed(average, param.astype(average.dtype), b)
+    with jax.numpy_dtype_promotion("standard"):  # complex leaves meet real scalars
+        return decayed(average, param.astype(average.dtype), b)
 
 
 @jax.jit
 def _read_leaf(param: Leaf, average: Leaf, weight: RealLeaf) -> Leaf:
     weight = weight.astype(jnp.finfo(average.dtype).dtype)
     started = weight > 0
-    corrected = average / jnp.where(started, weight, 1)
+    with jax.numpy_dtype_promotion("standard"):
+        corrected = average / jnp.where(started, weight, 1)
     return jnp.where(started, corrected.astype(param.dtype), param)

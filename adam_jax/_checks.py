@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from adam_jax._types import Scalar
+from adam_jax._types import KeyPath, Scalar
 
 
 def check_decay(name: str, b: Scalar) -> None:
@@ -54,7 +55,7 @@ def _check_scalar(name: str, value: Scalar) -> None:
 
 
 def _is_concrete(value: Scalar) -> bool:
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def check_leaves(what: str, tree: Any) -> None:
@@ -63,7 +64,7 @@ def check_leaves(what: str, tree: Any) -> None:
         _check_inexact(what, lambda path=path: path, leaf)
 
 
-def _check_inexact(what: str, path: Callable[[], jax.tree_util.KeyPath], leaf: Any) -> None:
+def _check_inexact(what: str, path: Callable[[], KeyPath], leaf: Any) -> None:
     if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
         raise TypeError(
             f"{what} {keystr(path())} has dtype {_dtype(leaf)}; only real and complex floating "
@@ -72,7 +73,7 @@ def _check_inexact(what: str, path: Callable[[], jax.tree_util.KeyPath], leaf: A
 
 
 def check_leaf(
-    path: Callable[[], jax.tree_util.KeyPath],
+    path: Callable[[], KeyPath],
     gradient: Any,
     moments: Sequence[Any],
     names: Sequence[str],
@@ -99,9 +100,7 @@ def check_leaf(
         )
 
 
-def flatten_up_to(
-    treedef: jax.tree_util.PyTreeDef, gradients: Any, tree: Any, name: str
-) -> list[Any]:
+def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[Any]:
     """The subtree of `tree` at every leaf of the gradients, or a ValueError with the path."""
     try:
         return treedef.flatten_up_to(tree)
@@ -116,7 +115,7 @@ def flatten_up_to(
         ) from error
 
 
-def keystr(path: jax.tree_util.KeyPath) -> str:
+def keystr(path: KeyPath) -> str:
     """A leaf's path as it would be written to index the tree."""
     return jax.tree_util.keystr(path) or "(the only leaf)"
 

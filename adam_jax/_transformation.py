@@ -7,7 +7,7 @@ in the same pass, so that an update is rounded once, to the gradient's dtype, at
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ import optax
 from adam_jax import _storage
 from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
-from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
+from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
 
 
 class Algorithm(NamedTuple):
     """A variant of Adam, as one leaf sees it."""
 
-    state: Callable[..., Any]  # NamedTuple class with fields `count` and one tree per moment
+    state: type[Any]  # NamedTuple class with fields `count` and one tree per moment
     moments: dict[str, Callable[[Leaf], Leaf]]  # the moments' names and initial values
     settings: Any  # hyperparameters: a pytree of scalars, never a reason to compile again
     scalars: Callable[[Any, RealLeaf], Any]  # (settings, count) -> what a step needs of them
@@ -62,19 +62,19 @@ def descend(
     scheduled = any(map(callable, jax.tree.leaves(learning_rate, is_leaf=callable)))
     tail = [optax.scale_by_learning_rate((lambda count: 0.0) if scheduled else 0.0)]
     if weight_decay is not None:
-        tail.insert(0, optax.add_decayed_weights(weight_decay, mask))
+        tail.insert(0, optax.add_decayed_weights(cast(Any, weight_decay), mask))
 
     def init(params: optax.Params) -> tuple[Any, ...]:
         return (_init(algorithm, params), *(part.init(params) for part in tail))
 
     def update(
         updates: optax.Updates,
-        state: tuple[Any, ...],
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[Any, ...]]:
         del extra_args
-        if not isinstance(state, tuple) or len(state) != 1 + len(tail):
+        if not isinstance(state, tuple) or len(cast(tuple[Any, ...], state)) != 1 + len(tail):
             raise ValueError(
                 f"expected a state of {1 + len(tail)} parts, as init returns it, got "
                 f"{type(state).__name__} of {len(state)}."
@@ -186,7 +186,7 @@ def _leaf_step(
         scalars = jax.tree.map(lambda x: jnp.asarray(x, real), scalars)
         moments = tuple(_storage.load(x, real) for x in stored)
         update, moments = leaf(saturate(gradient.astype(wide)), moments, scalars)
-        if weight_decay is not None:
+        if weight_decay is not None and param is not None:
             update = update + jnp.asarray(weight_decay, real) * param.astype(wide)
         if learning_rate is not None:
             update = -jnp.asarray(learning_rate, real) * update
@@ -215,7 +215,7 @@ def _per_leaf(name: str, prefix: Any, tree: Any) -> list[Any]:
     return jax.tree.leaves(spread)
 
 
-def _path(tree: Any, i: int) -> jax.tree_util.KeyPath:
+def _path(tree: Any, i: int) -> KeyPath:
     """The path of the i-th leaf: only errors need it, so only they pay for it."""
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)[0][i][0]
 

