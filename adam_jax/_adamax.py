@@ -78,8 +78,9 @@ def adamax(
         u <- max(b2 u, |g| + eps)
         update = -(alpha / (1 - b1^t)) m / u
 
-    No step is longer than alpha, and u needs no bias correction. The eps inside the maximum is
-    optax's and torch's addition to the paper; with eps = 0, a coordinate whose gradients have
+    No step is longer than alpha b2 (1 - b1) / (b2 - b1), if b1 < b2: 1.009 alpha with the
+    defaults, where the paper says alpha. u needs no bias correction. The eps inside the maximum
+    is optax's and torch's addition to the paper; with eps = 0, a coordinate whose gradients have
     all been zero has u = 0 and does not move.
 
     Args:
