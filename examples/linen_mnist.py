@@ -66,7 +66,7 @@ def main() -> None:
 
     images, labels, *held_out = load_digits()
     steps = epochs * (len(labels) // BATCH_SIZE)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 10, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adamw(schedule))
     model, key = Network(), jax.random.key(0)
     params = model.init(key, images[:1])["params"]

@@ -189,18 +189,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The settings on the command line, checked before anything slow starts."""
+    """The settings on the command line, all checked: a mistake shows now, not after training."""
     parser = Parser(
         description="Train a small convolutional network on MNIST digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="which variant of Adam")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="the variant of Adam")
     add("--epochs", type=int, default=12, metavar="N", help="passes over the 4,000 digits")
-    add("--batch-size", type=int, default=32, metavar="N", help="digits in a step")
-    add("--learning-rate", type=float, default=2e-3, metavar="RATE", help="its peak")
-    add("--seed", type=int, default=0, metavar="N", help="of all that is random")
-    add("--output", type=Path, default="out/mnist.png", metavar="PNG", help="where to plot")
+    add("--batch-size", type=int, default=32, metavar="N", help="digits per step")
+    add("--learning-rate", type=float, default=4e-3, metavar="RATE", help="the peak, after warmup")
+    add("--seed", type=int, default=0, metavar="N", help="for weights, order and shifts")
+    add("--output", type=Path, default="out/mnist.png", metavar="PNG", help="the plot to write")
     args = parser.parse_args(arguments)
 
     if args.epochs < 1:
