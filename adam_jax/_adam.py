@@ -7,7 +7,7 @@ import optax
 
 from adam_jax import _storage
 from adam_jax._checks import check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, quotient, sqrt
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
 from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
 
@@ -46,7 +46,7 @@ def _leaf(
     if nesterov:
         m_hat = b1.b * (m * s.unbias_next_m) + b1.one_minus_b * (g * s.unbias_m)
     v_hat = v * s.unbias_v
-    return quotient(m_hat, sqrt(v_hat + eps_root) + eps), (m, v)
+    return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v)
 
 
 _ADAM_LEAF = functools.partial(_leaf, nesterov=False)
@@ -123,8 +123,8 @@ def adam(
         update = -alpha m^ / (sqrt(v^ + eps_root) + eps)
 
     in float32 (float64 for float64 leaves), whatever the dtype of parameters and gradients.
-    The update has the gradient's dtype and is rounded to it once. Where the denominator is 0,
-    which takes eps = eps_root = 0 and a v of 0, the update is 0.
+    The update has the gradient's dtype and is rounded to it once. A coordinate whose gradients
+    have all been 0 does not move, with eps = eps_root = 0 either.
 
     Args:
         learning_rate: alpha, in units of the parameters. A number, a 0-d array or tracer, a

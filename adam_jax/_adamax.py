@@ -8,7 +8,7 @@ import optax
 
 from adam_jax import _storage
 from adam_jax._checks import check_decay, check_not_negative
-from adam_jax._moments import Decay, bias_correction, decay, decayed, quotient
+from adam_jax._moments import Decay, bias_correction, decay, decayed
 from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
 
@@ -36,7 +36,9 @@ def _leaf(
     m = decayed(m, g, b1)
     u = jnp.maximum(u - b2.one_minus_b * u, jnp.abs(g) + eps)
     m_hat = m * s.unbias_m
-    return quotient(m_hat, u), (m, u)
+    # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative.
+    moved = u > 0
+    return jnp.where(moved, m_hat / jnp.where(moved, u, 1), 0), (m, u)
 
 
 def _algorithm(b1: Scalar, b2: Scalar, eps: Scalar) -> Algorithm:

@@ -8,7 +8,7 @@ import optax
 
 from adam_jax import _storage
 from adam_jax._checks import check_choice, check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, quotient, sqrt
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
 from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
 
@@ -52,7 +52,7 @@ def _leaf(
     v_max = jnp.maximum(v_max, v * s.before)
     m_hat = m * s.unbias_m
     v_hat = v_max * s.after
-    return quotient(m_hat, sqrt(v_hat + eps_root) + eps), (m, v, v_max)
+    return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v, v_max)
 
 
 def _algorithm(

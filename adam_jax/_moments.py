@@ -1,4 +1,4 @@
-"""The arithmetic of one leaf: decayed averages, their bias correction, the quotient of a step.
+"""The arithmetic of one leaf: decayed averages, their bias correction, the parts of a step.
 
 Everything here is elementwise on arrays of one floating dtype, which is float32 or float64
 (complex64 or complex128 for mu). Formulas are those of Kingma and Ba, arXiv:1412.6980, written
@@ -87,15 +87,12 @@ def saturate(g: Leaf) -> Leaf:
 
 
 def sqrt(x: RealLeaf) -> RealLeaf:
-    """Square root whose derivative at 0 is 0 rather than infinite, which times 0 would be NaN."""
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+    """Square root, never 0: what divides by it needs no special case where x is 0.
 
-
-def quotient(numerator: Leaf, denominator: RealLeaf) -> Leaf:
-    """Numerator / denominator, and 0 / 0 = 0: a coordinate that never had a gradient stays."""
-    zero = denominator == 0
-    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
+    x counts as the dtype's smallest normal number at least, 2^-126 in float32. So 0 / sqrt(0) is
+    0, and the derivative at 0 is 0 rather than infinite, which times 0 would be NaN.
+    """
+    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
 
 
 def real_dtype(dtype: DTypeLike) -> np.dtype[Any]:

@@ -5,6 +5,7 @@ and writes the stored moments, and does the rest of a step (decoupled decay and 
 in the same pass, so that an update is rounded once, to the gradient's dtype, at its very end.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from adam_jax import _storage
 from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
@@ -162,9 +164,27 @@ def _update(
     return updates, algorithm.state(count=count, **new_moments)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A tree of scalars as one array: each leaf's step is then called with one, not a dozen.
+
+    To trace, lower and dispatch a call costs so much for each argument. The compiler takes the
+    array apart again.
+    """
+
+    values: jax.Array
+    tree: Any  # its jax.tree_util.PyTreeDef
+
+    def unpack(self, dtype: DTypeLike) -> Any:
+        return self.tree.unflatten(self.values.astype(dtype))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _scalars(scalars: Callable[[Any, RealLeaf], Any], settings: Any, count: jax.Array) -> Any:
-    return scalars(settings, count.astype(jnp.result_type(float)))
+def _scalars(scalars: Callable[[Any, RealLeaf], Any], settings: Any, count: jax.Array) -> _Packed:
+    dtype = jnp.result_type(float)
+    leaves, tree = jax.tree.flatten(scalars(settings, count.astype(dtype)))
+    return _Packed(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,7 +192,7 @@ def _leaf_step(
     leaf: Callable[..., tuple[Leaf, tuple[Leaf, ...]]],
     gradient: Leaf,
     stored: tuple[Leaf, ...],
-    scalars: Any,
+    scalars: _Packed,
     param: Leaf | None,
     learning_rate: Scalar | None,
     weight_decay: Scalar | None,
@@ -183,9 +203,9 @@ def _leaf_step(
     real = real_dtype(wide)
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
-        scalars = jax.tree.map(lambda x: jnp.asarray(x, real), scalars)
         moments = tuple(_storage.load(x, real) for x in stored)
-        update, moments = leaf(saturate(gradient.astype(wide)), moments, scalars)
+        g = saturate(gradient.astype(wide))
+        update, moments = leaf(g, moments, scalars.unpack(real))
         if weight_decay is not None and param is not None:
             update = update + jnp.asarray(weight_decay, real) * param.astype(wide)
         if learning_rate is not None:

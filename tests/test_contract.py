@@ -386,6 +386,23 @@ def test_zero_gradients_make_no_step(row):
 
 
 @each_row
+def test_without_eps_zero_and_tiny_gradients_give_finite_steps_and_derivatives(row):
+    """The square of 1e-30 is 0 in float32: a denominator of 0 under a numerator that is not."""
+    gradients = jnp.asarray([0.0, 1e-38, 1e-30, -1e-20, 1e-15])
+
+    def last(gradients):
+        updates, _ = run(row.make(eps=0.0), jnp.zeros(5), jnp.tile(gradients, (3, 1)))
+        return updates[-1]
+
+    updates = last(gradients)
+    longest = 1.1 * row.settings.get("learning_rate", 1.0)  # Nesterov looks ahead
+    assert updates[0] == 0
+    assert jnp.all(jnp.abs(updates) <= longest)
+    moderate = gradients[jnp.array([0, 0, 0, 4, 4])]  # of 1 / 1e-30 the square is infinite
+    assert jnp.isfinite(jax.jacrev(last)(moderate)).all()
+
+
+@each_row
 def test_learning_rate_as_number_schedule_array_tracer_and_tree(row):
     params = {"a": random((3, 4), "float32", 0), "b": {"c": random((5,), "float32", 1)}}
     gradients = gradients_of(params, 4)
