@@ -37,8 +37,8 @@ def _leaf(
     u = jnp.maximum(u - b2.one_minus_b * u, jnp.abs(g) + eps)
     m_hat = m * s.unbias_m
     # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative.
-    moved = u > 0
-    return jnp.where(moved, m_hat / jnp.where(moved, u, 1), 0), (m, u)
+    still = u == 0
+    return jnp.where(still, 0, m_hat / jnp.where(still, 1, u)), (m, u)
 
 
 def _algorithm(b1: Scalar, b2: Scalar, eps: Scalar) -> Algorithm:

@@ -51,10 +51,9 @@ def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
     In float32 the two weights of the textbook form do not sum to 1; a step from `average` (or
     from `new`, when b < 1/2) has no such bias, and b = 0 returns `new` exactly.
     """
-    difference = new - average
-    from_average = average + decay.one_minus_b * difference
-    from_new = new - decay.b * difference
-    return jnp.where(decay.b < 0.5, from_new, from_average)
+    near = decay.b < 0.5
+    step = jnp.where(near, -decay.b, decay.one_minus_b)
+    return jnp.where(near, new, average) + step * (new - average)
 
 
 def bias_correction(decay: Decay, count: RealLeaf) -> RealLeaf:
@@ -82,8 +81,8 @@ def saturate(g: Leaf) -> Leaf:
     """
     if jnp.iscomplexobj(g):
         return jax.lax.complex(saturate(g.real), saturate(g.imag))
-    limit = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1)
-    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
+    limit = g.dtype.type(2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1))
+    return jax.lax.select(jax.lax.is_finite(g), jax.lax.clamp(-limit, g, limit), g)
 
 
 def sqrt(x: RealLeaf) -> RealLeaf:

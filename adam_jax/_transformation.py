@@ -176,6 +176,7 @@ class _Packed:
     values: jax.Array
     tree: Any  # its jax.tree_util.PyTreeDef
 
+    @functools.partial(jax.jit, static_argnums=1)
     def unpack(self, dtype: DTypeLike) -> Any:
         return self.tree.unflatten(self.values.astype(dtype))
 

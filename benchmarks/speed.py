@@ -29,6 +29,7 @@ import adam_jax
 
 RATE = 1e-3
 JAX_OPTIMIZERS = {"adam_jax": adam_jax.adam, "optax": optax.adam}
+NO_OPTIMIZER = "none"
 TORCH = "torch, fused"
 Shapes = list[tuple[int, ...]]
 
@@ -99,6 +100,13 @@ def eager_update(optimizer: optax.GradientTransformation, shapes: Shapes) -> Cal
         _, state = jax.block_until_ready(optimizer.update(gradients, state, gradients))
 
     return run
+
+
+def no_optimizer() -> optax.GradientTransformation:
+    """A step of gradient descent with Adam's state: what a step costs without the optimizer."""
+    return optax.GradientTransformation(
+        optax.adam(RATE).init, lambda updates, state, params=None: (updates, state)
+    )
 
 
 def torch_step(shapes: Shapes) -> Callable[[], None]:
@@ -244,18 +252,23 @@ def main() -> None:
     runs = {name: eager_update(optimizer, gpt2_shapes) for name, optimizer in optimizers.items()}
     rows.append(row("eager `update`: GPT-2", in_turns(runs, few, 0.0, progress)))
     del runs
+    compiled = optimizers | {NO_OPTIMIZER: no_optimizer()}
     for case, shapes in trees.items():
-        samples = {name: [] for name in optimizers}
+        samples = {name: [] for name in compiled}
         for _ in range(few):
-            for name, optimizer in optimizers.items():
+            for name, optimizer in compiled.items():
                 samples[name].append(stages(optimizer, shapes))
             progress.update()
-        for stage in samples["adam_jax"][0]:
+        for stage in samples[NO_OPTIMIZER][0]:
             medians = {
                 name: statistics.median(sample[stage] for sample in times)
                 for name, times in samples.items()
             }
             rows.append(row(f"{stage}: {case}", medians))
+            if stage == "trace + lower":
+                floor = medians[NO_OPTIMIZER]
+                beyond = {name: time - floor for name, time in medians.items()}
+                rows.append(row(f"{stage}, the optimizer's part: {case}", beyond))
     progress.close()
 
     print(f"{machine()}\n")
