@@ -11,6 +11,7 @@ ratios: absolute times mean little on another machine.
 
 import argparse
 import functools
+import gc
 import importlib.util
 import os
 import platform
@@ -121,7 +122,9 @@ def torch_step(shapes: Shapes) -> Callable[[], None]:
 
 
 def seconds_per_call(run: Callable[[], None], calls: int) -> float:
-    """The mean time of a few calls in a row."""
+    """The mean time of a few calls in a row, after one that brings their data into the caches."""
+    time.sleep(0.05)  # the threads of the one before, torch's above all, spin for a while
+    run()
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -134,7 +137,7 @@ def in_turns(
     """Each one's median time over the rounds, each of which takes about `seconds` of each."""
     calls = {}
     for name, run in runs.items():
-        seconds_per_call(run, 2)  # compiles, fills caches
+        run()  # compiles
         calls[name] = max(1, round(seconds / seconds_per_call(run, 1)))
     samples = {name: [] for name in runs}
     for _ in range(rounds):
@@ -147,6 +150,8 @@ def in_turns(
 def stages(optimizer: optax.GradientTransformation, shapes: Shapes) -> dict[str, float]:
     """The time of each stage of compiling the step, with nothing remembered from before."""
     jax.clear_caches()
+    gc.collect()
+    gc.freeze()  # or the collector would walk all of torch in the middle of what is timed
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(optimizer.init, params)
     start = time.perf_counter()
@@ -238,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     trees = cases(options.small)
     seconds = 0.0 if options.small else 0.1
-    few = max(1, options.rounds // 5)  # rounds for what takes seconds
+    few = max(1, options.rounds // 3)  # rounds for what takes seconds
     progress = tqdm(total=len(trees) * (options.rounds + few) + few, unit="round")
     optimizers = {name: make(RATE) for name, make in JAX_OPTIMIZERS.items()}
 
