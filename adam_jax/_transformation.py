@@ -216,9 +216,17 @@ def _leaf_step(
 
 def _at(rate: LearningRate, state: Any) -> Any:
     """A rate, or tree of rates, with schedules evaluated at the count that the state holds."""
-    return jax.tree.map(
-        lambda r: r(jax.tree.leaves(state)[0]) if callable(r) else r, rate, is_leaf=callable
+    return _as_arrays(
+        jax.tree.map(
+            lambda r: r(jax.tree.leaves(state)[0]) if callable(r) else r, rate, is_leaf=callable
+        )
     )
+
+
+@jax.jit
+def _as_arrays(scalars: Any) -> Any:
+    """Numbers as arrays, once: as numbers they would be constants to each leaf's step anew."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), scalars)
 
 
 def _per_leaf(name: str, prefix: Any, tree: Any) -> list[Any]:
