@@ -51,9 +51,9 @@ def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
     In float32 the two weights of the textbook form do not sum to 1; a step from `average` (or
     from `new`, when b < 1/2) has no such bias, and b = 0 returns `new` exactly.
     """
-    near = decay.b < 0.5
-    step = jnp.where(near, -decay.b, decay.one_minus_b)
-    return jnp.where(near, new, average) + step * (new - average)
+    from_new = decay.b < 0.5
+    step = jnp.where(from_new, -decay.b, decay.one_minus_b)
+    return jnp.where(from_new, new, average) + step * (new - average)
 
 
 def bias_correction(decay: Decay, count: RealLeaf) -> RealLeaf:

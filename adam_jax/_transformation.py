@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from adam_jax import _storage
 from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
-from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
+from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, WeightDecay
 
 
 class Algorithm(NamedTuple):
@@ -167,10 +167,10 @@ def _update(
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """A tree of scalars as one array: each leaf's step is then called with one, not a dozen.
+    """A tree of scalars as one array, so that each leaf's step has one argument and not a dozen.
 
-    To trace, lower and dispatch a call costs so much for each argument. The compiler takes the
-    array apart again.
+    What a call takes to trace, to lower and to dispatch grows with its arguments. The compiler
+    takes the array apart again.
     """
 
     values: jax.Array
@@ -195,8 +195,8 @@ def _leaf_step(
     stored: tuple[Leaf, ...],
     scalars: _Packed,
     param: Leaf | None,
-    learning_rate: Scalar | None,
-    weight_decay: Scalar | None,
+    learning_rate: jax.Array | None,
+    weight_decay: jax.Array | None,
 ) -> tuple[Leaf, tuple[Leaf, ...]]:
     """One leaf's step. Jitted by itself: traced once per shape, and one call in eager use."""
     gradient_dtype = gradient.dtype
@@ -208,9 +208,9 @@ def _leaf_step(
         g = saturate(gradient.astype(wide))
         update, moments = leaf(g, moments, scalars.unpack(real))
         if weight_decay is not None and param is not None:
-            update = update + jnp.asarray(weight_decay, real) * param.astype(wide)
+            update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
-            update = -jnp.asarray(learning_rate, real) * update
+            update = -learning_rate.astype(real) * update
     return update.astype(gradient_dtype), tuple(map(_storage.store, moments, stored))
 
 
