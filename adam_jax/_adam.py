@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import optax
 
-from adam_jax import _storage
 from adam_jax._checks import check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
-from adam_jax._transformation import Algorithm, descend, scale_by
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, mu_bound, sqrt
+from adam_jax._storage import Moment, storage_format
+from adam_jax._transformation import Algorithm, Rule, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
 
 
@@ -21,6 +21,7 @@ class _Settings(NamedTuple):
 
 class _Scalars(NamedTuple):
     settings: _Settings
+    mu_bound: Scalar
     unbias_m: Scalar  # 1 / (1 - b1^t)
     unbias_v: Scalar  # 1 / (1 - b2^t)
     unbias_next_m: Scalar  # 1 / (1 - b1^(t+1)), for Nesterov's look ahead
@@ -29,6 +30,7 @@ class _Scalars(NamedTuple):
 def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     return _Scalars(
         settings=s,
+        mu_bound=mu_bound(s.b1, s.b2),
         unbias_m=1 / bias_correction(s.b1, t),
         unbias_v=1 / bias_correction(s.b2, t),
         unbias_next_m=1 / bias_correction(s.b1, t + 1),
@@ -49,8 +51,8 @@ def _leaf(
     return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v)
 
 
-_ADAM_LEAF = functools.partial(_leaf, nesterov=False)
-_NADAM_LEAF = functools.partial(_leaf, nesterov=True)
+_ADAM = Rule(functools.partial(_leaf, nesterov=False), unit=sqrt)
+_NADAM = Rule(functools.partial(_leaf, nesterov=True), unit=sqrt)
 
 
 def _algorithm(
@@ -66,17 +68,15 @@ def _algorithm(
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
-    mu_format = _storage.storage_format("mu_dtype", mu_dtype)
-    nu_format = _storage.storage_format("nu_dtype", nu_dtype)
     return Algorithm(
         state=optax.ScaleByAdamState,
         moments={
-            "mu": functools.partial(_storage.zeros, mu_format, real=False),
-            "nu": functools.partial(_storage.zeros, nu_format, real=True),
+            "mu": Moment(storage_format("mu_dtype", mu_dtype), real=False),
+            "nu": Moment(storage_format("nu_dtype", nu_dtype), real=True),
         },
         settings=_Settings(decay(b1), decay(b2), eps, eps_root),
         scalars=_scalars,
-        leaf=_NADAM_LEAF if nesterov else _ADAM_LEAF,
+        rule=_NADAM if nesterov else _ADAM,
     )
 
 

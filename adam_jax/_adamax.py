@@ -1,16 +1,17 @@
 """AdaMax, Algorithm 2 of Kingma and Ba, arXiv:1412.6980, section 7.1."""
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
 
-from adam_jax import _storage
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._moments import Decay, bias_correction, decay, decayed
-from adam_jax._transformation import Algorithm, descend, scale_by
-from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, WeightDecay
+from adam_jax._storage import Moment, storage_format
+from adam_jax._transformation import Algorithm, Rule, descend, scale_by
+from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
+
+_UNITS = 3  # u in root mean squares of gradients: what int8 codes of mu are spaced for
 
 
 class _Settings(NamedTuple):
@@ -21,11 +22,18 @@ class _Settings(NamedTuple):
 
 class _Scalars(NamedTuple):
     settings: _Settings
+    mu_bound: Scalar
     unbias_m: Scalar  # 1 / (1 - b1^t)
 
 
 def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
-    return _Scalars(settings=s, unbias_m=1 / bias_correction(s.b1, t))
+    # |m| <= u b2 (1 - b1) / (b2 - b1) if b1 < b2; otherwise this is a bound that holds for long.
+    memory = jnp.maximum(1 - s.b1.b / jnp.maximum(s.b2.b, 1e-6), 1e-3)
+    return _Scalars(
+        settings=s,
+        mu_bound=jnp.maximum(_UNITS * s.b1.one_minus_b / memory, 8),
+        unbias_m=1 / bias_correction(s.b1, t),
+    )
 
 
 def _leaf(
@@ -41,35 +49,55 @@ def _leaf(
     return jnp.where(still, 0, m_hat / jnp.where(still, 1, u)), (m, u)
 
 
-def _algorithm(b1: Scalar, b2: Scalar, eps: Scalar) -> Algorithm:
+def _unit(u: RealLeaf) -> RealLeaf:
+    return jnp.maximum(u, jnp.finfo(u.dtype).tiny) / _UNITS
+
+
+_ADAMAX = Rule(_leaf, unit=_unit)
+
+
+def _algorithm(
+    b1: Scalar, b2: Scalar, eps: Scalar, mu_dtype: StorageFormat, nu_dtype: StorageFormat
+) -> Algorithm:
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     return Algorithm(
         state=optax.ScaleByAdamState,
         moments={
-            "mu": functools.partial(_storage.zeros, None, real=False),
-            "nu": functools.partial(_storage.zeros, None, real=True),
+            "mu": Moment(storage_format("mu_dtype", mu_dtype), real=False),
+            "nu": Moment(storage_format("nu_dtype", nu_dtype, maximum="u"), real=True),
         },
         settings=_Settings(decay(b1), decay(b2), eps),
         scalars=_scalars,
-        leaf=_leaf,
+        rule=_ADAMAX,
     )
 
 
 def scale_by_adamax(
-    b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    mu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax's direction m^ / u, with neither sign nor learning rate.
 
     `adamax` gives the equations, the arguments and the errors. The state is
     `optax.ScaleByAdamState`, as in `scale_by_adam`, with u for `nu`.
     """
-    return scale_by(_algorithm(b1, b2, eps))
+    return scale_by(_algorithm(b1, b2, eps, mu_dtype, nu_dtype))
 
 
 def adamax(
-    learning_rate: LearningRate, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+    learning_rate: LearningRate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    mu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax, Algorithm 2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
 
@@ -90,12 +118,15 @@ def adamax(
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the infinity norm, in [0, 1).
         eps: added to |g|, in units of the gradient.
+        mu_dtype: as in `adam`.
+        nu_dtype: how u is stored: None, "float32" or "bfloat16". Not "int8": u is a maximum, and
+            a maximum of numbers rounded at random would keep the largest rounding error.
 
     Raises:
         ValueError: as `adam`.
         TypeError: as `adam`.
     """
-    return descend(_algorithm(b1, b2, eps), learning_rate)
+    return descend(_algorithm(b1, b2, eps, mu_dtype, nu_dtype), learning_rate)
 
 
 def adamaxw(
@@ -105,9 +136,12 @@ def adamaxw(
     eps: Scalar = 1e-8,
     weight_decay: WeightDecay = 1e-4,
     mask: Mask | None = None,
+    *,
+    mu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamax` with decoupled weight decay: `weight_decay` and `mask` are those of `adamw`.
 
     update = -alpha (m / ((1 - b1^t) u) + weight_decay theta)
     """
-    return descend(_algorithm(b1, b2, eps), learning_rate, weight_decay, mask)
+    return descend(_algorithm(b1, b2, eps, mu_dtype, nu_dtype), learning_rate, weight_decay, mask)

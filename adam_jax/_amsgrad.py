@@ -1,15 +1,14 @@
 """AMSGrad (Reddi, Kale and Kumar 2018, arXiv:1904.09237): the denominator never shrinks."""
 
-import functools
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
-from adam_jax import _storage
 from adam_jax._checks import check_choice, check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
-from adam_jax._transformation import Algorithm, descend, scale_by
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, mu_bound, sqrt
+from adam_jax._storage import Moment, storage_format
+from adam_jax._transformation import Algorithm, Rule, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
 
 Maximum = Literal["raw", "corrected"]
@@ -27,6 +26,7 @@ class _Settings(NamedTuple):
 
 class _Scalars(NamedTuple):
     settings: _Settings
+    mu_bound: Scalar
     unbias_m: Scalar
     before: Scalar
     after: Scalar
@@ -36,6 +36,7 @@ def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     unbias_v = 1 / bias_correction(s.b2, t)
     return _Scalars(
         settings=s,
+        mu_bound=mu_bound(s.b1, s.b2),
         unbias_m=jnp.where(s.correct_mu, 1 / bias_correction(s.b1, t), 1),
         before=jnp.where(s.correct_before, unbias_v, 1),
         after=jnp.where(s.correct_after, unbias_v, 1),
@@ -55,6 +56,9 @@ def _leaf(
     return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v, v_max)
 
 
+_AMSGRAD = Rule(_leaf, unit=sqrt)
+
+
 def _algorithm(
     b1: Scalar,
     b2: Scalar,
@@ -64,21 +68,21 @@ def _algorithm(
     bias_correction_mu: bool,
     bias_correction_nu: bool,
     maximum: Maximum,
+    nu_dtype: StorageFormat,
 ) -> Algorithm:
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
     check_choice("maximum", maximum, ("raw", "corrected"))
-    mu_format = _storage.storage_format("mu_dtype", mu_dtype)
-    zeros = functools.partial(_storage.zeros, None, real=True)
+    nu = Moment(storage_format("nu_dtype", nu_dtype, maximum="nu_max"), real=True)
     corrected = maximum == "corrected"
     return Algorithm(
         state=optax.ScaleByAmsgradState,
         moments={
-            "mu": functools.partial(_storage.zeros, mu_format, real=False),
-            "nu": zeros,
-            "nu_max": zeros,
+            "mu": Moment(storage_format("mu_dtype", mu_dtype), real=False),
+            "nu": nu,
+            "nu_max": nu,
         },
         settings=_Settings(
             b1=decay(b1),
@@ -90,7 +94,7 @@ def _algorithm(
             correct_after=bias_correction_nu and not corrected,
         ),
         scalars=_scalars,
-        leaf=_leaf,
+        rule=_AMSGRAD,
     )
 
 
@@ -104,6 +108,7 @@ def scale_by_amsgrad(
     bias_correction_nu: bool = True,
     *,
     maximum: Maximum = "raw",
+    nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad's direction, with neither sign nor learning rate.
 
@@ -112,7 +117,17 @@ def scale_by_amsgrad(
     and holds v_max.
     """
     return scale_by(
-        _algorithm(b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, maximum)
+        _algorithm(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            bias_correction_mu,
+            bias_correction_nu,
+            maximum,
+            nu_dtype,
+        )
     )
 
 
@@ -127,6 +142,7 @@ def amsgrad(
     bias_correction_nu: bool = True,
     *,
     maximum: Maximum = "raw",
+    nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad, after [Reddi, Kale and Kumar (2018)](https://arxiv.org/abs/1904.09237).
 
@@ -150,6 +166,8 @@ def amsgrad(
         bias_correction_nu: False leaves v as it is, as in the AMSGrad paper; `maximum` then
             makes no difference.
         maximum: "raw" or "corrected": what the maximum is taken of.
+        nu_dtype: how v and v_max are stored: None, "float32" or "bfloat16". Not "int8": a maximum
+            of numbers rounded at random would keep the largest rounding error for good.
 
     Raises:
         ValueError: as `adam`, and for any other `maximum`.
@@ -157,7 +175,15 @@ def amsgrad(
     """
     return descend(
         _algorithm(
-            b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, maximum
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            bias_correction_mu,
+            bias_correction_nu,
+            maximum,
+            nu_dtype,
         ),
         learning_rate,
     )

@@ -12,6 +12,8 @@ from adam_jax._moments import Decay, bias_correction, decayed
 from adam_jax._moments import decay as prepare
 from adam_jax._types import Leaf, RealLeaf, Scalar
 
+_PLAIN = _storage.Moment(format=None, real=False)
+
 
 class AverageParamsState(NamedTuple):
     """State of `average_params`."""
@@ -54,7 +56,7 @@ def average_params(
         return AverageParamsState(
             count=jnp.zeros([], jnp.int32),
             weight=jnp.zeros([], jnp.float32),
-            average=jax.tree.map(lambda p: _storage.zeros(None, p, real=False), params),
+            average=jax.tree.map(lambda p: _storage.zeros(_PLAIN, p), params),
             inner_state=inner.init(params),
         )
 

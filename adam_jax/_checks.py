@@ -80,7 +80,8 @@ def check_leaf(
 ) -> None:
     """Checks that a gradient leaf and the moments stored for it belong to one parameter."""
     _check_inexact("gradient", path, gradient)
-    for name, moment in zip(names, moments, strict=True):
+    arrays = [getattr(moment, "codes", moment) for moment in moments]
+    for name, moment in zip(names, arrays, strict=True):
         if not hasattr(moment, "dtype"):
             raise ValueError(
                 f"gradient {keystr(path())} is an array, but state.{name} there is "
@@ -92,10 +93,10 @@ def check_leaf(
                 f"gradient {keystr(path())} has shape {np.shape(gradient)}, but state.{name} "
                 f"there has shape {np.shape(moment)}. A gradient has its parameter's shape."
             )
-    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(moments[0]):
+    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(arrays[0]):
         raise TypeError(
             f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but state.{names[0]} there "
-            f"has dtype {_dtype(moments[0])}. A gradient is complex where its parameter is, and "
+            f"has dtype {_dtype(arrays[0])}. A gradient is complex where its parameter is, and "
             "only there."
         )
 

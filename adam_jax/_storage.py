@@ -1,19 +1,73 @@
-"""How a moment is kept between steps: what it starts as, how it is read, how it is written."""
+"""How the moments are kept between steps: what they start as, how they are read and written.
 
+A moment is stored in float32 (or wider), in bfloat16 or in int8. Which of them a leaf is in, its
+dtype says: there is nothing else to look up. Stochastic rounding, where there is any, compares
+with thresholds that are a random phase for each element, turned by the golden ratio each step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from adam_jax import _int8
 from adam_jax._moments import arithmetic_dtype, real_dtype
-from adam_jax._types import Leaf, StorageFormat
+from adam_jax._rounding import random_bits, to_bfloat16, turned, uniform
+from adam_jax._types import Leaf, RealLeaf, Scalar, StorageFormat, Word, Words
 
-_FORMATS = ("float32",)
+FORMATS = ("float32", "bfloat16", "int8")
+SMALLEST_INT8_LEAF = 4096  # elements; smaller leaves, and those with
+SHORTEST_INT8_ROW = 32  # shorter rows, are not worth a scale for each row
 
 
-def storage_format(name: str, requested: StorageFormat) -> str | None:
+class Int8Moment(NamedTuple):
+    """A second moment stored in int8: two trees, each shaped like the parameter tree.
+
+    A leaf that is too small for 8 bits (fewer than 4096 elements, or a last axis shorter than
+    32) has its moment itself in `codes`, in float32, and a scale of shape ().
+    """
+
+    codes: Any  # uint8, shaped like the parameter
+    scales: Any  # float32, (..., 1): for each row, the same average as nu, of its largest |g|^2
+
+
+Moments = tuple[Leaf, RealLeaf, *tuple[RealLeaf, ...]]  # of one leaf: mu, nu and others
+Second = jax.Array | Int8Moment  # one leaf of nu
+Stored = tuple[jax.Array, Second, *tuple[jax.Array, ...]]  # one leaf of mu, of nu, and of others
+
+
+class Moment(NamedTuple):
+    """A moment's storage format, and whether it is real for a complex parameter."""
+
+    format: str | None
+    real: bool
+
+
+class Draw(NamedTuple):
+    """Which random numbers a leaf's rounding takes."""
+
+    leaf: Word  # the position of the leaf in its tree
+    step: Word
+
+    def words(self, shape: tuple[int, ...]) -> tuple[Words, Words]:
+        """Random words for mu and for nu, from one hash."""
+        phase = random_bits(shape, self.leaf)
+        other = (phase << np.uint32(16)) | (phase >> np.uint32(16))
+        return turned(other, self.step), turned(phase, self.step)
+
+
+def storage_format(
+    name: str, requested: StorageFormat, *, maximum: str | None = None
+) -> str | None:
     """Validates the argument `name`, which says how a moment is stored.
 
     None, the default, is float32, and float64 where the parameter is float64 or complex128.
+    `maximum` names the moment if it is a maximum over time, which int8 cannot keep.
     """
     if requested is None:
         return None
@@ -21,27 +75,155 @@ def storage_format(name: str, requested: StorageFormat) -> str | None:
         format = np.dtype(requested).name
     except TypeError:
         format = ""
-    if format not in _FORMATS:
+    if format not in FORMATS:
         raise ValueError(
-            f"{name} must be None or one of {', '.join(map(repr, _FORMATS))} (or the dtype of "
+            f"{name} must be None or one of {', '.join(map(repr, FORMATS))} (or the dtype of "
             f"that name), got {requested!r}."
+        )
+    if format == "int8" and maximum:
+        raise ValueError(
+            f"{name} can't be 'int8' here: {maximum} is a maximum over time, and a maximum of "
+            "numbers rounded at random keeps the largest rounding error, so that steps would be "
+            "too short for good. Use 'bfloat16', or mu_dtype='int8' alone."
         )
     return format
 
 
-def zeros(format: str | None, param: ArrayLike, *, real: bool) -> Leaf:
-    """The initial moment of a parameter: zeros of its shape, of a real dtype if `real`."""
-    dtype = arithmetic_dtype(jnp.result_type(param))
-    if format is not None and jnp.finfo(dtype).bits > 32:
-        dtype = np.dtype(np.complex64 if jnp.iscomplexobj(param) else format)
-    return jnp.zeros_like(param, dtype=real_dtype(dtype) if real else dtype)
+def expected_dtype(moment: Moment, shape: tuple[int, ...], dtype: DTypeLike) -> np.dtype[Any]:
+    """The dtype in which the moment of a parameter of this shape and dtype is stored."""
+    wide = arithmetic_dtype(dtype)
+    if moment.real:
+        wide = real_dtype(wide)
+    if moment.format is None:
+        return wide
+    if moment.format == "int8" and fits_int8(shape):
+        return np.dtype(np.uint8 if moment.real else np.int8)
+    if moment.format == "bfloat16":
+        return np.dtype(jnp.bfloat16)
+    return np.dtype(np.complex64 if jnp.issubdtype(wide, jnp.complexfloating) else np.float32)
 
 
-def load(stored: Leaf, dtype: DTypeLike) -> Leaf:
-    """A stored moment in the arithmetic's real dtype, or in its complex one if it is complex."""
-    return stored.astype(arithmetic_dtype(stored.dtype, dtype))
+def fits_int8(shape: tuple[int, ...]) -> bool:
+    """Whether a leaf of this shape is stored in int8 where that was asked for."""
+    return shape[-1:] >= (SHORTEST_INT8_ROW,) and math.prod(shape) >= SMALLEST_INT8_LEAF
 
 
-def store(moment: Leaf, like: Leaf) -> Leaf:
-    """A moment in the format in which the state keeps it: that of its predecessor, `like`."""
-    return moment.astype(like.dtype)
+def zeros(moment: Moment, param: ArrayLike) -> Second:
+    """The initial moment of a parameter."""
+    shape = np.shape(param)
+    dtype = expected_dtype(moment, shape, jnp.result_type(param))
+    codes = jnp.zeros_like(param, dtype=dtype)
+    if not (moment.real and moment.format == "int8"):
+        return codes
+    return Int8Moment(codes, jnp.zeros((*shape[:-1], 1) if fits_int8(shape) else (), jnp.float32))
+
+
+def init(moment: Moment, params: optax.Params) -> Any:
+    """The initial moment of every parameter, as the state has it."""
+    moments = jax.tree.map(lambda p: zeros(moment, p), params)
+    if not (moment.real and moment.format == "int8"):
+        return moments
+    is_pair = lambda x: isinstance(x, Int8Moment)  # noqa: E731
+    return Int8Moment(
+        codes=jax.tree.map(lambda pair: pair.codes, moments, is_leaf=is_pair),
+        scales=jax.tree.map(lambda pair: pair.scales, moments, is_leaf=is_pair),
+    )
+
+
+def float_dtypes(stored: Stored) -> list[np.dtype[Any]]:
+    """The dtypes of those of a leaf's moments that are not codes."""
+    dtypes = [_parts(moment)[0].dtype for moment in stored]
+    return [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+
+
+def scale_of(stored: Stored, dtype: DTypeLike) -> RealLeaf | None:
+    """The scales of nu's rows, if it is stored in codes."""
+    _, scale = _parts(stored[1])
+    return None if scale is None else scale.astype(dtype)
+
+
+def load(
+    stored: Stored,
+    dtype: DTypeLike,
+    unit: Callable[[RealLeaf], RealLeaf],
+    bound: Scalar,
+) -> Moments:
+    """One leaf's moments, mu, nu and perhaps another, in the arithmetic's real dtype.
+
+    In int8, mu counts in `unit` of the stored nu, and is at most `bound` of them in magnitude.
+    """
+    mu, nu, *others = stored
+    codes, scale = _parts(nu)
+    levels = _levels(mu, codes)
+    if levels == _int8.SHARED:
+        mu, codes = _int8.split(mu, codes)
+    m, v = _widen(mu, dtype), _widen(codes, dtype)
+    if scale is not None:
+        scale = scale.astype(dtype)
+        v, q = _int8.decode_nu(v, scale, levels.nu), _int8.nu_root(v, scale, levels.nu)
+    else:
+        q = unit(v)
+    if levels.mu:
+        m = _int8.decode_mu(m, q, bound, levels.mu)
+    return (m, v, *(_widen(x, dtype) for x in others))
+
+
+def store(
+    moments: Moments,
+    like: Stored,
+    scale: RealLeaf | None,
+    draw: Draw | None,
+    unit: Callable[[RealLeaf], RealLeaf],
+    bound: Scalar,
+) -> Stored:
+    """One leaf's moments in the formats of their predecessors, `like`; the inverse of `load`.
+
+    `scale` is at least the largest nu of each row, and None unless nu is in int8. `draw` may be
+    None if mu is not in int8, and nu in neither of int8 and bfloat16.
+    """
+    mu, v, *others = moments
+    mu_like, nu_like, *others_like = like
+    codes_like, _ = _parts(nu_like)
+    levels = _levels(mu_like, codes_like)
+    draw = draw or Draw(np.uint32(0), np.uint32(0))  # its words then go unused
+    mu_words, nu_words = draw.words(v.shape)
+    if scale is not None:
+        codes = _int8.encode_nu(v, scale, _uniform(nu_words, v), levels.nu)
+        q = _int8.nu_root(codes, scale, levels.nu)
+    elif codes_like.dtype == jnp.bfloat16:
+        codes = to_bfloat16(v.astype(jnp.float32), nu_words)
+        q = unit(codes.astype(v.dtype))
+    else:
+        codes, q = v, unit(v)
+    if levels.mu:  # in units of nu as it will be read: rounding nu must not change mu
+        mu = _int8.encode_mu(mu, q, bound, _uniform(mu_words, v), levels.mu)
+    if levels == _int8.SHARED:
+        mu, codes = _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
+    nu = codes.astype(codes_like.dtype)
+    if isinstance(nu_like, Int8Moment):
+        nu = Int8Moment(nu, nu_like.scales if scale is None else scale.astype(jnp.float32))
+    others = [x.astype(x_like.dtype) for x, x_like in zip(others, others_like, strict=True)]
+    return (mu.astype(mu_like.dtype), nu, *others)
+
+
+def _parts(nu: Second) -> tuple[jax.Array, jax.Array | None]:
+    """The array that holds nu or its codes, and if they are codes, the scales of its rows."""
+    if not isinstance(nu, Int8Moment):
+        return nu, None
+    return nu.codes, nu.scales if nu.codes.dtype == jnp.uint8 else None
+
+
+def _levels(mu: jax.Array, nu: jax.Array) -> _int8.Levels:
+    """How many codes each moment has: 0 if it isn't stored in codes."""
+    coded = mu.dtype == jnp.int8, nu.dtype == jnp.uint8
+    if all(coded):
+        return _int8.SHARED
+    return _int8.Levels(*(n if yes else 0 for yes, n in zip(coded, _int8.ALONE, strict=True)))
+
+
+def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return x.astype(arithmetic_dtype(x.dtype, dtype))
+
+
+def _uniform(words: Words, like: RealLeaf) -> RealLeaf:
+    return uniform(words).astype(like.dtype)

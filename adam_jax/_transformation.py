@@ -12,25 +12,37 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
 from adam_jax import _storage
 from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
+from adam_jax._storage import Draw, Int8Moment, Moment, Moments, Second, Stored
 from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, WeightDecay
+
+
+class Rule(NamedTuple):
+    """The arithmetic of one leaf.
+
+    Functions of a module, never closures: jit caches what it compiled by their identity.
+    """
+
+    leaf: Callable[..., tuple[Leaf, Moments]]
+    # ^ (gradient, moments, scalars) -> direction, new moments
+    unit: Callable[[RealLeaf], RealLeaf]  # nu -> what mu is measured in when stored in int8
 
 
 class Algorithm(NamedTuple):
     """A variant of Adam, as one leaf sees it."""
 
     state: type[Any]  # NamedTuple class with fields `count` and one tree per moment
-    moments: dict[str, Callable[[Leaf], Leaf]]  # the moments' names and initial values
+    moments: dict[str, Moment]  # mu, nu and perhaps another, by name
     settings: Any  # hyperparameters: a pytree of scalars, never a reason to compile again
-    scalars: Callable[[Any, RealLeaf], Any]  # (settings, count) -> what a step needs of them
-    leaf: Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
-    # ^ (gradient, moments, scalars) -> direction, new moments. Like `scalars` a function of a
-    #   module, never a closure: jit caches what it compiled by this function's identity.
+    scalars: Callable[[Any, RealLeaf], Any]
+    # ^ (settings, count) -> what a step needs of them, `mu_bound` among it
+    rule: Rule
 
 
 def scale_by(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
@@ -103,7 +115,7 @@ def descend(
 
 def _init(algorithm: Algorithm, params: optax.Params) -> Any:
     check_leaves("parameter", params)
-    moments = {name: jax.tree.map(zeros, params) for name, zeros in algorithm.moments.items()}
+    moments = {name: _storage.init(moment, params) for name, moment in algorithm.moments.items()}
     return algorithm.state(count=jnp.zeros([], jnp.int32), **moments)
 
 
@@ -122,22 +134,26 @@ def _update(
             f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
             "restore it onto the state from init."
         )
-    names = list(algorithm.moments)
     gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=_is_none)
-    moments = list(
-        zip(
-            *(
-                flatten_up_to(treedef, gradients, getattr(state, name), f"state.{name}")
-                for name in names
-            ),
-            strict=True,
-        )
-    )
+
+    def leaves(tree: Any, name: str) -> list[Any]:
+        return flatten_up_to(treedef, gradients, tree, name)
+
+    def stored_leaves(name: str) -> list[Second]:
+        tree = getattr(state, name)
+        if not isinstance(tree, Int8Moment):
+            return leaves(tree, f"state.{name}")
+        codes = leaves(tree.codes, f"state.{name}.codes")
+        return list(map(Int8Moment, codes, leaves(tree.scales, f"state.{name}.scales")))
+
+    names = list(algorithm.moments)
+    moments = list(zip(*map(stored_leaves, names), strict=True))
+    random = any(moment.format not in (None, "float32") for moment in algorithm.moments.values())
     n = len(gradient_leaves)
     param_leaves = [None] * n
     if decays is not None:
-        param_leaves = flatten_up_to(treedef, gradients, params, "params")
-    count = optax.safe_increment(state.count)
+        param_leaves = leaves(params, "params")
+    count = jnp.asarray(optax.safe_increment(state.count))
     scalars = _scalars(algorithm.scalars, algorithm.settings, count)
     outcome = []
     for i, (g, stored) in enumerate(zip(gradient_leaves, moments, strict=True)):
@@ -147,19 +163,24 @@ def _update(
         check_leaf(lambda i=i: _path(gradients, i), g, stored, names)
         outcome.append(
             _leaf_step(
-                algorithm.leaf,
+                algorithm.rule,
                 g,
                 stored,
                 scalars,
+                Draw(np.uint32(i), count) if random else None,
                 param_leaves[i],
                 rates and rates[i],
                 decays and decays[i],
             )
         )
-    new_moments = {
-        name: treedef.unflatten([stored[k] for _, stored in outcome])
-        for k, name in enumerate(names)
-    }
+
+    def stored_tree(k: int) -> Any:
+        column = [stored[k] for _, stored in outcome]
+        if not isinstance(getattr(state, names[k]), Int8Moment):
+            return treedef.unflatten(column)
+        return Int8Moment(*map(treedef.unflatten, zip(*column, strict=True)))
+
+    new_moments = {name: stored_tree(k) for k, name in enumerate(names)}
     updates = treedef.unflatten([u for u, _ in outcome])
     return updates, algorithm.state(count=count, **new_moments)
 
@@ -190,28 +211,37 @@ def _scalars(scalars: Callable[[Any, RealLeaf], Any], settings: Any, count: jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def _leaf_step(
-    leaf: Callable[..., tuple[Leaf, tuple[Leaf, ...]]],
+    rule: Rule,
     gradient: Leaf,
-    stored: tuple[Leaf, ...],
+    stored: Stored,
     scalars: _Packed,
+    draw: Draw | None,
     param: Leaf | None,
     learning_rate: jax.Array | None,
     weight_decay: jax.Array | None,
-) -> tuple[Leaf, tuple[Leaf, ...]]:
+) -> tuple[Leaf, Stored]:
     """One leaf's step. Jitted by itself: traced once per shape, and one call in eager use."""
     gradient_dtype = gradient.dtype
-    wide = arithmetic_dtype(gradient.dtype, *(x.dtype for x in stored))
+    wide = arithmetic_dtype(gradient.dtype, *_storage.float_dtypes(stored))
     real = real_dtype(wide)
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
-        moments = tuple(_storage.load(x, real) for x in stored)
+        s = scalars.unpack(real)
+        moments = _storage.load(stored, real, rule.unit, s.mu_bound)
         g = saturate(gradient.astype(wide))
-        update, moments = leaf(g, moments, scalars.unpack(real))
+        scale = _storage.scale_of(stored, real)
+        if scale is not None:
+            # The same average, of each row's largest gradient: never less than any of its nu, and
+            # known without them.
+            largest = jnp.max(jnp.abs(g), axis=-1, keepdims=True)
+            _, (_, scale) = rule.leaf(largest, (jnp.zeros_like(scale), scale), s)
+        update, moments = rule.leaf(g, moments, s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
             update = -learning_rate.astype(real) * update
-    return update.astype(gradient_dtype), tuple(map(_storage.store, moments, stored))
+        stored = _storage.store(moments, stored, scale, draw, rule.unit, s.mu_bound)
+    return update.astype(gradient_dtype), stored
 
 
 def _at(rate: LearningRate, state: Any) -> Any:

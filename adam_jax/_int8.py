@@ -1,0 +1,99 @@
+"""Moments in 8 bits: how their codes are spaced, and which of two neighbours is stored.
+
+nu counts in powers of a row's scale s, mu in units of sqrt(nu):
+
+    nu = s (c / n)^8            c = 1 ... n, and c = 0 for nu = 0 alone
+    mu = q k c / (n - beta |c|)      c = -n ... n, with q = sqrt(nu), beta = 1 - k / bound
+
+where n says how fine the codes are. The eighth power reaches from s down to n^-8 s: 2^-64 s for
+n = 255. The fraction spaces mu's codes by k q / n around 0 and more widely outwards, up to
+`bound` q at c = n. Every number between two neighbouring codes becomes one of them at random,
+such that its mean over the thresholds is the number itself.
+
+All arithmetic is elementwise, in the floating dtype of the moments; codes travel as numbers of
+that dtype or as int32. The scale has one element for each row: what is taken of it is cheap.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adam_jax._moments import sqrt
+from adam_jax._types import Codes, RealLeaf, Scalar
+
+_LINEAR = 0.5  # k: up to about here, in units of sqrt(nu), mu's codes are evenly spaced
+
+
+class Levels(NamedTuple):
+    """How many codes above 0 each moment has."""
+
+    mu: int
+    nu: int
+
+
+ALONE = Levels(mu=2**7 - 1, nu=2**8 - 1)
+# nu forgets slowly, and what is rounded adds up over 1 / (1 - b2) steps; mu is soon renewed. When
+# both are stored in 8 bits, mu is worth more to the step with 7 of the 16, and nu with 9.
+SHARED = Levels(mu=2**6 - 1, nu=2**9 - 1)
+
+
+def join(mu_code: Codes, nu_code: Codes) -> tuple[Codes, Codes]:
+    """Packs 7 bits of mu and 9 of nu into an int8 and a uint8: nu's lowest bit is with mu."""
+    return (2 * mu_code + (nu_code & 1)).astype(jnp.int8), (nu_code >> 1).astype(jnp.uint8)
+
+
+def split(mu_code: Codes, nu_code: Codes) -> tuple[Codes, Codes]:
+    """The codes, as int32, that `join` packed."""
+    mu_code, nu_code = mu_code.astype(jnp.int32), nu_code.astype(jnp.int32)
+    return mu_code >> 1, 2 * nu_code + (mu_code & 1)
+
+
+def decode_nu(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
+    """The value of nu of a code."""
+    return _eighth_power(code * (1 / n)) * scale
+
+
+def nu_root(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
+    """The square root of nu of a code, taken once for each row and not for each element.
+
+    Never 0, like `_moments.sqrt`.
+    """
+    root = _fourth_power(code * (1 / n)) * jnp.sqrt(scale)
+    return jnp.maximum(root, sqrt(jnp.zeros_like(scale)))
+
+
+def encode_nu(nu: RealLeaf, scale: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
+    """The code of nu, which is at most `scale`; `threshold` is uniform in [0, 1)."""
+    z = nu * (1 / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
+    root = jnp.sqrt(jnp.sqrt(jnp.sqrt(z)))
+    # Code 0 is for 0 alone: a divisor that may round to 0 would make steps without bound.
+    low = jnp.clip(jnp.floor(n * root), 1, n - 1)
+    a, b = _eighth_power(low * (1 / n)), _eighth_power((low + 1) * (1 / n))
+    code = low + (z - a > threshold * (b - a))
+    return jnp.where(nu > 0, code, 0)
+
+
+def decode_mu(code: RealLeaf, root: RealLeaf, bound: Scalar, n: int) -> RealLeaf:
+    """The value of mu of a code, where sqrt(nu) is `root`."""
+    return _LINEAR * code / (n - (1 - _LINEAR / bound) * jnp.abs(code)) * root
+
+
+def encode_mu(mu: RealLeaf, root: RealLeaf, bound: Scalar, threshold: RealLeaf, n: int) -> RealLeaf:
+    """The code of mu, which counts as at most bound * root in magnitude."""
+    beta = 1 - _LINEAR / bound
+    x, unit = jnp.abs(mu), _LINEAR * root
+    low = jnp.clip(jnp.floor(n * (x / (unit + beta * x))), 0, n - 1)
+    # (x - a) > threshold (b - a), with a and b the neighbours' values, multiplied by both of
+    # their denominators.
+    above = n - beta * low
+    code = low + ((above - beta) * (x * above - unit * low) > threshold * unit * n)
+    return jnp.sign(mu) * code
+
+
+def _fourth_power(x: RealLeaf) -> RealLeaf:
+    return jax.lax.square(jax.lax.square(x))
+
+
+def _eighth_power(x: RealLeaf) -> RealLeaf:
+    return jax.lax.square(_fourth_power(x))
