@@ -1,0 +1,270 @@
+"""How well formats for Adam's moments do on gradients that are hard on them.
+
+    python benchmarks/stress.py
+
+Each format's Adam and float32 Adam get the same gradients, and their updates, u and u32, are
+compared over the second half of the steps (the last 600 where one half of the coordinates falls
+quiet). Three tables, a row for each kind of gradients and a column for each format:
+
+- the update's relative error: the square root of sum |u - u32|^2 / sum |u32|^2;
+- the largest step, max |u| over max |u32|;
+- sqrt(nu) over float32's after the last step: the median over the coordinates.
+
+An exact format has 0, 1 and 1. eps is 1e-30, so that nothing hides a nu that is too small. Formats
+of this package are named by how they keep mu and nu. "optax, bfloat16" gets gradients in bfloat16
+and keeps both moments in it. `peers.py` has FlashOptim's and bitsandbytes' formats.
+"""
+
+# pyright: basic
+
+import argparse
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peers
+from tqdm import tqdm
+
+import adam_jax
+from adam_jax import _storage
+
+EPS = 1e-30
+REFERENCE = "float32, float32"
+CHUNK = 10  # steps at a time; all numbers of steps are multiples of it
+Shape = tuple[int, int]
+Draw = Callable[[jax.Array, jax.Array], jax.Array]  # (key of a step, its number) -> gradients
+
+
+class Gradients(NamedTuple):
+    """A kind of gradients."""
+
+    name: str
+    draw: Draw
+    steps: int
+    measured: slice  # the steps whose updates are compared
+    columns: slice = slice(None)  # where nu is compared
+
+
+class Format(NamedTuple):
+    """An Adam, the dtype of the gradients that it gets, and how to read nu from its state."""
+
+    optimizer: optax.GradientTransformation
+    nu: Callable[[Any], jax.Array]
+    dtype: type = jnp.float32
+
+
+class Seen(NamedTuple):
+    """What is kept of one step's updates."""
+
+    largest: jax.Array
+    norm: jax.Array
+    error: jax.Array  # the norm of the difference to float32's updates
+
+
+def formats() -> dict[str, Format]:
+    """All formats, by the name of their column."""
+    ours = {
+        f"{mu}, {nu}": Format(adam_jax.scale_by_adam(eps=EPS, mu_dtype=mu, nu_dtype=nu), our_nu)
+        for mu, nu in [
+            ("float32", "float32"),
+            ("bfloat16", "bfloat16"),
+            ("int8", "float32"),
+            ("int8", "bfloat16"),
+            ("int8", "int8"),
+        ]
+    }
+    optax_nu = operator.attrgetter("nu")
+    return ours | {
+        "optax, bfloat16 mu": Format(optax.scale_by_adam(eps=EPS, mu_dtype=jnp.bfloat16), optax_nu),
+        "optax, bfloat16": Format(optax.scale_by_adam(eps=EPS), optax_nu, jnp.bfloat16),
+        "FlashOptim": Format(peers.flashoptim(EPS), lambda s: peers.square_root().decode(s.nu)),
+        "bitsandbytes": Format(
+            peers.bitsandbytes(EPS), lambda s: peers.dynamic_tree(signed=False).decode(s.nu)
+        ),
+    }
+
+
+def our_nu(state: Any) -> jax.Array:
+    """The second moment of one leaf from the state of `adam_jax.scale_by_adam`."""
+    _, nu = _storage.load((state.mu, state.nu), jnp.float32, unit=jnp.sqrt, bound=1.0)
+    return nu
+
+
+def gradients(key: jax.Array, shape: Shape, steps: int) -> list[Gradients]:
+    """All kinds of gradients."""
+    half = steps // 2
+    late = slice(half, steps)
+    spread = jax.random.normal(key, shape)
+    normal = functools.partial(jax.random.normal, shape=shape)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def log_normal(sigma: float) -> Draw:
+        scales = jnp.exp(sigma * spread)
+        return lambda key, t: jnp.where(t < half, 1, 0.1) * scales * normal(key)
+
+    def drifting(key: jax.Array, t: jax.Array) -> jax.Array:
+        heavy = jax.random.normal(key, (4, *shape))
+        student_t = heavy[0] / jnp.sqrt(jnp.mean(jnp.square(heavy[1:]), axis=0))
+        return student_t + jnp.sin(2 * jnp.pi * t / steps + spread)
+
+    def sparse(axis: int) -> Draw:
+        kept = [1, 1]
+        kept[axis] = shape[axis]
+        rates = 10 ** jax.random.uniform(key, kept, minval=-2.0, maxval=-1.0)
+
+        def draw(key: jax.Array, t: jax.Array) -> jax.Array:
+            which, values = jax.random.split(key)
+            return jnp.where(jax.random.uniform(which, kept) < rates, normal(values), 0)
+
+        return draw
+
+    def loud(key: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.where(column % 32 == 0, 1 - 2 * (t % 2), 1 / 600)
+
+    def quiet(key: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.where((column % 2 == 1) & (t >= steps), 0.1, 1) * normal(key)
+
+    long = steps + 55 * steps // 12  # 5500 after the first 1200
+    last = slice(long - half, long)
+    return [
+        *(
+            Gradients(f"log-normal scales, sigma {sigma}, tenfold drop", draw, steps, late)
+            for sigma in (0.5, 1, 2)
+            for draw in [log_normal(sigma)]
+        ),
+        Gradients("Student t (3), drifting mean", drifting, steps, late),
+        Gradients("sparse rows", sparse(0), steps, late),
+        Gradients("sparse columns", sparse(1), steps, late),
+        Gradients("one of 32 loud and alternating, the rest 1/600", loud, steps, late),
+        Gradients("every second falls tenfold, long after", quiet, long, last, slice(1, None, 2)),
+    ]
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """The Euclidean norm, finite where the sum of squares would not be."""
+    limits = jnp.finfo(x.dtype)
+    largest = jnp.clip(jnp.max(jnp.abs(x)), limits.tiny, limits.max)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(x / largest)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw_steps(draw: Draw, key: jax.Array, steps: jax.Array) -> jax.Array:
+    """The gradients of a few steps."""
+    return jax.vmap(lambda t: draw(jax.random.fold_in(key, t), t))(steps)
+
+
+def follow(formats: dict[str, Format]) -> Callable[[Any, jax.Array], tuple[Any, dict[str, Seen]]]:
+    """A function from each format's state and the gradients of a few steps to what follows."""
+
+    def step(states: Any, gradient: jax.Array) -> tuple[Any, dict[str, Seen]]:
+        new_states, updates = {}, {}
+        for name, (optimizer, _, dtype) in formats.items():
+            update, new_states[name] = optimizer.update(gradient.astype(dtype), states[name])
+            updates[name] = jnp.asarray(update, jnp.float32)
+        exact = updates[REFERENCE]
+        seen = {
+            name: Seen(jnp.max(jnp.abs(update)), norm(update), norm(update - exact))
+            for name, update in updates.items()
+        }
+        return new_states, seen
+
+    return jax.jit(lambda states, gradients: jax.lax.scan(step, states, gradients))
+
+
+class Score(NamedTuple):
+    """A format on one kind of gradients: a number for each table."""
+
+    error: float
+    largest_step: float
+    sqrt_nu: float
+
+
+def score(
+    kind: Gradients,
+    formats: dict[str, Format],
+    run: Callable[[Any, jax.Array], tuple[Any, dict[str, Seen]]],
+    key: jax.Array,
+    shape: Shape,
+    progress: tqdm,
+) -> dict[str, Score]:
+    """Every format on one kind of gradients."""
+    states = {
+        name: optimizer.init(jnp.zeros(shape, dtype))
+        for name, (optimizer, _, dtype) in formats.items()
+    }
+    chunks = []
+    for start in range(0, kind.steps, CHUNK):
+        steps = jnp.arange(start, start + CHUNK)
+        states, seen = run(states, draw_steps(kind.draw, key, steps))
+        chunks.append(jax.device_get(seen))
+        progress.update(CHUNK)
+    seen = jax.tree.map(
+        lambda *parts: np.concatenate(parts).astype(np.float64)[kind.measured], *chunks
+    )
+
+    def nu(name: str) -> np.ndarray:
+        return np.asarray(formats[name].nu(states[name]), np.float32)[:, kind.columns]
+
+    exact, exact_nu = seen[REFERENCE], nu(REFERENCE)
+    moved = exact_nu > 0
+    return {
+        name: Score(
+            float(np.linalg.norm(seen[name].error) / np.linalg.norm(exact.norm)),
+            float(seen[name].largest.max() / exact.largest.max()),
+            float(np.sqrt(np.median(nu(name)[moved] / exact_nu[moved]))),
+        )
+        for name in formats
+    }
+
+
+def table(title: str, field: str, rows: dict[str, dict[str, Score]]) -> str:
+    """One of the tables, in markdown."""
+    columns = [name for name in next(iter(rows.values())) if name != REFERENCE]
+    lines = [
+        f"| {title} | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+        *(
+            f"| {kind} | {' | '.join(f'{getattr(scores[name], field):.2g}' for name in columns)} |"
+            for kind, scores in rows.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs everything and prints the tables; progress goes to stderr."""
+    parser = argparse.ArgumentParser(
+        description="Compares formats of Adam's moments with float32 on hard gradients, and "
+        "prints three markdown tables."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="few steps on a small leaf: shows within seconds that all of this runs",
+    )
+    options = parser.parse_args()
+    shape, steps = ((8, 512), 120) if options.small else ((64, 1024), 1200)
+    model_key, step_key = jax.random.split(jax.random.key(options.seed))
+    kinds = gradients(model_key, shape, steps)
+    compared = formats()
+    run = follow(compared)
+    with tqdm(total=sum(kind.steps for kind in kinds), unit="step") as progress:
+        rows = {kind.name: score(kind, compared, run, step_key, shape, progress) for kind in kinds}
+    print(f"A leaf of {shape}, {steps} steps (the last row {kinds[-1].steps}), ", end="")
+    print(f"eps {EPS}, seed {options.seed}.")
+    for title, field in [
+        ("relative error of the update", "error"),
+        ("largest step over float32's", "largest_step"),
+        ("sqrt(nu) over float32's", "sqrt_nu"),
+    ]:
+        print(f"\n{table(title, field, rows)}")
+
+
+if __name__ == "__main__":
+    main()
