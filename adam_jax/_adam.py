@@ -6,9 +6,9 @@ from typing import NamedTuple
 import optax
 
 from adam_jax._checks import check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, mu_bound, sqrt
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
 from adam_jax._storage import Moment, storage_format
-from adam_jax._transformation import Algorithm, Rule, descend, scale_by
+from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
 
 
@@ -21,7 +21,6 @@ class _Settings(NamedTuple):
 
 class _Scalars(NamedTuple):
     settings: _Settings
-    mu_bound: Scalar
     unbias_m: Scalar  # 1 / (1 - b1^t)
     unbias_v: Scalar  # 1 / (1 - b2^t)
     unbias_next_m: Scalar  # 1 / (1 - b1^(t+1)), for Nesterov's look ahead
@@ -30,7 +29,6 @@ class _Scalars(NamedTuple):
 def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     return _Scalars(
         settings=s,
-        mu_bound=mu_bound(s.b1, s.b2),
         unbias_m=1 / bias_correction(s.b1, t),
         unbias_v=1 / bias_correction(s.b2, t),
         unbias_next_m=1 / bias_correction(s.b1, t + 1),
@@ -51,8 +49,8 @@ def _leaf(
     return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v)
 
 
-_ADAM = Rule(functools.partial(_leaf, nesterov=False), unit=sqrt)
-_NADAM = Rule(functools.partial(_leaf, nesterov=True), unit=sqrt)
+_ADAM_LEAF = functools.partial(_leaf, nesterov=False)
+_NADAM_LEAF = functools.partial(_leaf, nesterov=True)
 
 
 def _algorithm(
@@ -76,7 +74,7 @@ def _algorithm(
         },
         settings=_Settings(decay(b1), decay(b2), eps, eps_root),
         scalars=_scalars,
-        rule=_NADAM if nesterov else _ADAM,
+        leaf=_NADAM_LEAF if nesterov else _ADAM_LEAF,
     )
 
 

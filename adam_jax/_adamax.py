@@ -8,10 +8,14 @@ import optax
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._moments import Decay, bias_correction, decay, decayed
 from adam_jax._storage import Moment, storage_format
-from adam_jax._transformation import Algorithm, Rule, descend, scale_by
+from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
 
-_UNITS = 3  # u in root mean squares of gradients: what int8 codes of mu are spaced for
+_NO_MU_UNIT = "mu in int8 counts in square roots of a second raw moment, which AdaMax does not have"
+_MAXIMUM = (
+    "u is a maximum over time, and a maximum of numbers rounded at random keeps the largest "
+    "rounding error, so that steps would be too short"
+)
 
 
 class _Settings(NamedTuple):
@@ -22,18 +26,11 @@ class _Settings(NamedTuple):
 
 class _Scalars(NamedTuple):
     settings: _Settings
-    mu_bound: Scalar
     unbias_m: Scalar  # 1 / (1 - b1^t)
 
 
 def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
-    # |m| <= u b2 (1 - b1) / (b2 - b1) if b1 < b2; otherwise this is a bound that holds for long.
-    memory = jnp.maximum(1 - s.b1.b / jnp.maximum(s.b2.b, 1e-6), 1e-3)
-    return _Scalars(
-        settings=s,
-        mu_bound=jnp.maximum(_UNITS * s.b1.one_minus_b / memory, 8),
-        unbias_m=1 / bias_correction(s.b1, t),
-    )
+    return _Scalars(settings=s, unbias_m=1 / bias_correction(s.b1, t))
 
 
 def _leaf(
@@ -49,13 +46,6 @@ def _leaf(
     return jnp.where(still, 0, m_hat / jnp.where(still, 1, u)), (m, u)
 
 
-def _unit(u: RealLeaf) -> RealLeaf:
-    return jnp.maximum(u, jnp.finfo(u.dtype).tiny) / _UNITS
-
-
-_ADAMAX = Rule(_leaf, unit=_unit)
-
-
 def _algorithm(
     b1: Scalar, b2: Scalar, eps: Scalar, mu_dtype: StorageFormat, nu_dtype: StorageFormat
 ) -> Algorithm:
@@ -65,12 +55,12 @@ def _algorithm(
     return Algorithm(
         state=optax.ScaleByAdamState,
         moments={
-            "mu": Moment(storage_format("mu_dtype", mu_dtype), real=False),
-            "nu": Moment(storage_format("nu_dtype", nu_dtype, maximum="u"), real=True),
+            "mu": Moment(storage_format("mu_dtype", mu_dtype, not_int8=_NO_MU_UNIT), real=False),
+            "nu": Moment(storage_format("nu_dtype", nu_dtype, not_int8=_MAXIMUM), real=True),
         },
         settings=_Settings(decay(b1), decay(b2), eps),
         scalars=_scalars,
-        rule=_ADAMAX,
+        leaf=_leaf,
     )
 
 
@@ -118,9 +108,10 @@ def adamax(
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the infinity norm, in [0, 1).
         eps: added to |g|, in units of the gradient.
-        mu_dtype: as in `adam`.
-        nu_dtype: how u is stored: None, "float32" or "bfloat16". Not "int8": u is a maximum, and
-            a maximum of numbers rounded at random would keep the largest rounding error.
+        mu_dtype: how m is stored: None, "float32" or "bfloat16". Not "int8", which counts in
+            square roots of a second raw moment, and there is none.
+        nu_dtype: how u is stored: likewise. Not "int8": u is a maximum, and a maximum of numbers
+            rounded at random would keep the largest rounding error.
 
     Raises:
         ValueError: as `adam`.

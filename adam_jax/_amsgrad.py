@@ -6,12 +6,18 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_choice, check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, mu_bound, sqrt
+from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
 from adam_jax._storage import Moment, storage_format
-from adam_jax._transformation import Algorithm, Rule, descend, scale_by
+from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
 
 Maximum = Literal["raw", "corrected"]
+
+
+_MAXIMUM = (
+    "nu_max is a maximum over time, and a maximum of numbers rounded at random keeps the largest "
+    "rounding error, so that steps would be too short for good"
+)
 
 
 class _Settings(NamedTuple):
@@ -26,7 +32,6 @@ class _Settings(NamedTuple):
 
 class _Scalars(NamedTuple):
     settings: _Settings
-    mu_bound: Scalar
     unbias_m: Scalar
     before: Scalar
     after: Scalar
@@ -36,7 +41,6 @@ def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     unbias_v = 1 / bias_correction(s.b2, t)
     return _Scalars(
         settings=s,
-        mu_bound=mu_bound(s.b1, s.b2),
         unbias_m=jnp.where(s.correct_mu, 1 / bias_correction(s.b1, t), 1),
         before=jnp.where(s.correct_before, unbias_v, 1),
         after=jnp.where(s.correct_after, unbias_v, 1),
@@ -56,9 +60,6 @@ def _leaf(
     return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v, v_max)
 
 
-_AMSGRAD = Rule(_leaf, unit=sqrt)
-
-
 def _algorithm(
     b1: Scalar,
     b2: Scalar,
@@ -75,7 +76,7 @@ def _algorithm(
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
     check_choice("maximum", maximum, ("raw", "corrected"))
-    nu = Moment(storage_format("nu_dtype", nu_dtype, maximum="nu_max"), real=True)
+    nu = Moment(storage_format("nu_dtype", nu_dtype, not_int8=_MAXIMUM), real=True)
     corrected = maximum == "corrected"
     return Algorithm(
         state=optax.ScaleByAmsgradState,
@@ -94,7 +95,7 @@ def _algorithm(
             correct_after=bias_correction_nu and not corrected,
         ),
         scalars=_scalars,
-        rule=_AMSGRAD,
+        leaf=_leaf,
     )
 
 

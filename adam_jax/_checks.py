@@ -75,12 +75,12 @@ def _check_inexact(what: str, path: Callable[[], KeyPath], leaf: Any) -> None:
 def check_leaf(
     path: Callable[[], KeyPath],
     gradient: Any,
-    moments: Sequence[Any],
+    stored: Sequence[Any],
     names: Sequence[str],
 ) -> None:
-    """Checks that a gradient leaf and the moments stored for it belong to one parameter."""
+    """Checks that a gradient leaf and what is stored for it belong to one parameter."""
     _check_inexact("gradient", path, gradient)
-    arrays = [getattr(moment, "codes", moment) for moment in moments]
+    arrays = [getattr(leaf, "codes", leaf) for leaf in stored]
     for name, moment in zip(names, arrays, strict=True):
         if not hasattr(moment, "dtype"):
             raise ValueError(
@@ -99,6 +99,28 @@ def check_leaf(
             f"has dtype {_dtype(arrays[0])}. A gradient is complex where its parameter is, and "
             "only there."
         )
+
+
+def check_format(name: str, requested: str | None, found: str | None) -> None:
+    """Raises ValueError if the state stores a moment in another format than the optimizer."""
+    requested, found = requested or "float32", found or "float32"
+    if found != requested:
+        raise ValueError(
+            f"state.{name} is stored in {found}, but this optimizer stores it in {requested}. "
+            f"Make the optimizer with {name}_dtype={found!r}, or convert the state with "
+            "adam_jax.convert_state."
+        )
+
+
+def check_real(format: str, params: Any) -> None:
+    """Raises TypeError if a parameter is complex: mu would be, and `format` has no such numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"parameter {keystr(path)} has dtype {_dtype(leaf)}, and mu_dtype={format!r} holds "
+                "real numbers only. Use mu_dtype='float32', or optax.multi_transform to store the "
+                "moments of complex parameters in another format."
+            )
 
 
 def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[Any]:

@@ -1,14 +1,16 @@
 """Moments in 8 bits: how their codes are spaced, and which of two neighbours is stored.
 
-nu counts in powers of a row's scale s, mu in units of sqrt(nu):
+nu counts in powers of a row's scale s, mu in units of the square root q of the nu stored with it:
 
-    nu = s (c / n)^8            c = 1 ... n, and c = 0 for nu = 0 alone
-    mu = q k c / (n - beta |c|)      c = -n ... n, with q = sqrt(nu), beta = 1 - k / bound
+    nu = s (c / n)^8                     c = 1 ... n, and c = 0 for nu = 0 alone
+    mu = q c / (2n + 1 - 2 |c|)          c = -n ... n
 
-where n says how fine the codes are. The eighth power reaches from s down to n^-8 s: 2^-64 s for
-n = 255. The fraction spaces mu's codes by k q / n around 0 and more widely outwards, up to
-`bound` q at c = n. Every number between two neighbouring codes becomes one of them at random,
-such that its mean over the thresholds is the number itself.
+where n says how fine the codes are. The eighth power reaches from s down to n^-8 s, which is
+2^-64 s for n = 255. Codes of mu lie q / (2n + 1) apart around 0, where a step has most of its
+values, and ever wider outwards: the largest are +-n q, and no gradients take |m| beyond
+(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) sqrt(v), 7.27 with the defaults (by Cauchy-Schwarz).
+Every number between two neighbouring codes becomes one of them at random, such that its mean
+over the thresholds is the number itself.
 
 All arithmetic is elementwise, in the floating dtype of the moments; codes travel as numbers of
 that dtype or as int32. The scale has one element for each row: what is taken of it is cheap.
@@ -20,9 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_jax._moments import sqrt
-from adam_jax._types import Codes, RealLeaf, Scalar
-
-_LINEAR = 0.5  # k: up to about here, in units of sqrt(nu), mu's codes are evenly spaced
+from adam_jax._types import Codes, RealLeaf
 
 
 class Levels(NamedTuple):
@@ -74,20 +74,19 @@ def encode_nu(nu: RealLeaf, scale: RealLeaf, threshold: RealLeaf, n: int) -> Rea
     return jnp.where(nu > 0, code, 0)
 
 
-def decode_mu(code: RealLeaf, root: RealLeaf, bound: Scalar, n: int) -> RealLeaf:
-    """The value of mu of a code, where sqrt(nu) is `root`."""
-    return _LINEAR * code / (n - (1 - _LINEAR / bound) * jnp.abs(code)) * root
+def decode_mu(code: RealLeaf, root: RealLeaf, n: int) -> RealLeaf:
+    """The value of mu of a code, where the square root of the stored nu is `root`."""
+    return code / (2 * n + 1 - 2 * jnp.abs(code)) * root
 
 
-def encode_mu(mu: RealLeaf, root: RealLeaf, bound: Scalar, threshold: RealLeaf, n: int) -> RealLeaf:
-    """The code of mu, which counts as at most bound * root in magnitude."""
-    beta = 1 - _LINEAR / bound
-    x, unit = jnp.abs(mu), _LINEAR * root
-    low = jnp.clip(jnp.floor(n * (x / (unit + beta * x))), 0, n - 1)
+def encode_mu(mu: RealLeaf, root: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
+    """The code of mu, which counts as at most n root in magnitude."""
+    x = jnp.abs(mu)
+    low = jnp.clip(jnp.floor((2 * n + 1) * (x / (root + 2 * x))), 0, n - 1)
     # (x - a) > threshold (b - a), with a and b the neighbours' values, multiplied by both of
     # their denominators.
-    above = n - beta * low
-    code = low + ((above - beta) * (x * above - unit * low) > threshold * unit * n)
+    below = 2 * n + 1 - 2 * low
+    code = low + ((below - 2) * (x * below - low * root) > threshold * root * (2 * n + 1))
     return jnp.sign(mu) * code
 
 

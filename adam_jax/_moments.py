@@ -67,16 +67,6 @@ def bias_correction(decay: Decay, count: RealLeaf) -> RealLeaf:
     )
 
 
-def mu_bound(b1: Decay, b2: Decay) -> Scalar:
-    """The most that |m| can be in units of sqrt(v), whatever the gradients: 7.27 by default.
-
-    By Cauchy-Schwarz |m| <= sqrt(v) (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) if b1^2 < b2.
-    Otherwise there is no bound that holds for ever, and this is one that holds for long.
-    """
-    memory = jnp.maximum(1 - b1.b * b1.b / jnp.maximum(b2.b, 1e-6), 1e-3)
-    return jnp.maximum(b1.one_minus_b / jnp.sqrt(b2.one_minus_b * memory), 8)
-
-
 def abs_sq(x: Leaf) -> RealLeaf:
     """|x|^2, real for complex x."""
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)

@@ -6,7 +6,6 @@ with thresholds that are a random phase for each element, turned by the golden r
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,9 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax import _int8
-from adam_jax._moments import arithmetic_dtype, real_dtype
+from adam_jax._moments import arithmetic_dtype, real_dtype, sqrt
 from adam_jax._rounding import random_bits, to_bfloat16, turned, uniform
-from adam_jax._types import Leaf, RealLeaf, Scalar, StorageFormat, Word, Words
+from adam_jax._types import Leaf, RealLeaf, StorageFormat, Word, Words
 
 FORMATS = ("float32", "bfloat16", "int8")
 SMALLEST_INT8_LEAF = 4096  # elements; smaller leaves, and those with
@@ -62,12 +61,12 @@ class Draw(NamedTuple):
 
 
 def storage_format(
-    name: str, requested: StorageFormat, *, maximum: str | None = None
+    name: str, requested: StorageFormat, *, not_int8: str | None = None
 ) -> str | None:
     """Validates the argument `name`, which says how a moment is stored.
 
     None, the default, is float32, and float64 where the parameter is float64 or complex128.
-    `maximum` names the moment if it is a maximum over time, which int8 cannot keep.
+    `not_int8` says why the moment can't be stored in int8, if it can't.
     """
     if requested is None:
         return None
@@ -80,16 +79,12 @@ def storage_format(
             f"{name} must be None or one of {', '.join(map(repr, FORMATS))} (or the dtype of "
             f"that name), got {requested!r}."
         )
-    if format == "int8" and maximum:
-        raise ValueError(
-            f"{name} can't be 'int8' here: {maximum} is a maximum over time, and a maximum of "
-            "numbers rounded at random keeps the largest rounding error, so that steps would be "
-            "too short for good. Use 'bfloat16', or mu_dtype='int8' alone."
-        )
+    if format == "int8" and not_int8:
+        raise ValueError(f"{name} can't be 'int8' here: {not_int8}. Use 'bfloat16' instead.")
     return format
 
 
-def expected_dtype(moment: Moment, shape: tuple[int, ...], dtype: DTypeLike) -> np.dtype[Any]:
+def stored_dtype(moment: Moment, shape: tuple[int, ...], dtype: DTypeLike) -> np.dtype[Any]:
     """The dtype in which the moment of a parameter of this shape and dtype is stored."""
     wide = arithmetic_dtype(dtype)
     if moment.real:
@@ -108,10 +103,22 @@ def fits_int8(shape: tuple[int, ...]) -> bool:
     return shape[-1:] >= (SHORTEST_INT8_ROW,) and math.prod(shape) >= SMALLEST_INT8_LEAF
 
 
+def format_of(tree: Any, requested: str | None) -> str | None:
+    """The format in which a moment is stored; the requested one where nothing tells otherwise."""
+    if isinstance(tree, Int8Moment):
+        return "int8"
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    for format in ("int8", "bfloat16"):
+        if any(leaf.dtype == format for leaf in leaves):
+            return format
+    small = not any(fits_int8(leaf.shape) for leaf in leaves)
+    return "int8" if requested == "int8" and small else None
+
+
 def zeros(moment: Moment, param: ArrayLike) -> Second:
     """The initial moment of a parameter."""
     shape = np.shape(param)
-    dtype = expected_dtype(moment, shape, jnp.result_type(param))
+    dtype = stored_dtype(moment, shape, jnp.result_type(param))
     codes = jnp.zeros_like(param, dtype=dtype)
     if not (moment.real and moment.format == "int8"):
         return codes
@@ -142,16 +149,8 @@ def scale_of(stored: Stored, dtype: DTypeLike) -> RealLeaf | None:
     return None if scale is None else scale.astype(dtype)
 
 
-def load(
-    stored: Stored,
-    dtype: DTypeLike,
-    unit: Callable[[RealLeaf], RealLeaf],
-    bound: Scalar,
-) -> Moments:
-    """One leaf's moments, mu, nu and perhaps another, in the arithmetic's real dtype.
-
-    In int8, mu counts in `unit` of the stored nu, and is at most `bound` of them in magnitude.
-    """
+def load(stored: Stored, dtype: DTypeLike) -> Moments:
+    """One leaf's moments, mu, nu and perhaps another, in the arithmetic's real dtype."""
     mu, nu, *others = stored
     codes, scale = _parts(nu)
     levels = _levels(mu, codes)
@@ -162,9 +161,9 @@ def load(
         scale = scale.astype(dtype)
         v, q = _int8.decode_nu(v, scale, levels.nu), _int8.nu_root(v, scale, levels.nu)
     else:
-        q = unit(v)
+        q = sqrt(v)
     if levels.mu:
-        m = _int8.decode_mu(m, q, bound, levels.mu)
+        m = _int8.decode_mu(m, q, levels.mu)
     return (m, v, *(_widen(x, dtype) for x in others))
 
 
@@ -173,8 +172,6 @@ def store(
     like: Stored,
     scale: RealLeaf | None,
     draw: Draw | None,
-    unit: Callable[[RealLeaf], RealLeaf],
-    bound: Scalar,
 ) -> Stored:
     """One leaf's moments in the formats of their predecessors, `like`; the inverse of `load`.
 
@@ -192,11 +189,11 @@ def store(
         q = _int8.nu_root(codes, scale, levels.nu)
     elif codes_like.dtype == jnp.bfloat16:
         codes = to_bfloat16(v.astype(jnp.float32), nu_words)
-        q = unit(codes.astype(v.dtype))
+        q = sqrt(codes.astype(v.dtype))
     else:
-        codes, q = v, unit(v)
+        codes, q = v, sqrt(v)
     if levels.mu:  # in units of nu as it will be read: rounding nu must not change mu
-        mu = _int8.encode_mu(mu, q, bound, _uniform(mu_words, v), levels.mu)
+        mu = _int8.encode_mu(mu, q, _uniform(mu_words, v), levels.mu)
     if levels == _int8.SHARED:
         mu, codes = _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
     nu = codes.astype(codes_like.dtype)

@@ -17,21 +17,17 @@ import optax
 from jax.typing import DTypeLike
 
 from adam_jax import _storage
-from adam_jax._checks import check_leaf, check_leaves, check_rate, flatten_up_to
+from adam_jax._checks import (
+    check_format,
+    check_leaf,
+    check_leaves,
+    check_rate,
+    check_real,
+    flatten_up_to,
+)
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
 from adam_jax._storage import Draw, Int8Moment, Moment, Moments, Second, Stored
 from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, WeightDecay
-
-
-class Rule(NamedTuple):
-    """The arithmetic of one leaf.
-
-    Functions of a module, never closures: jit caches what it compiled by their identity.
-    """
-
-    leaf: Callable[..., tuple[Leaf, Moments]]
-    # ^ (gradient, moments, scalars) -> direction, new moments
-    unit: Callable[[RealLeaf], RealLeaf]  # nu -> what mu is measured in when stored in int8
 
 
 class Algorithm(NamedTuple):
@@ -40,9 +36,10 @@ class Algorithm(NamedTuple):
     state: type[Any]  # NamedTuple class with fields `count` and one tree per moment
     moments: dict[str, Moment]  # mu, nu and perhaps another, by name
     settings: Any  # hyperparameters: a pytree of scalars, never a reason to compile again
-    scalars: Callable[[Any, RealLeaf], Any]
-    # ^ (settings, count) -> what a step needs of them, `mu_bound` among it
-    rule: Rule
+    scalars: Callable[[Any, RealLeaf], Any]  # (settings, count) -> what a step needs of them
+    leaf: Callable[..., tuple[Leaf, Moments]]
+    # ^ (gradient, moments, scalars) -> direction, new moments. Like `scalars` a function of a
+    #   module, never a closure: jit caches what it compiled by this function's identity.
 
 
 def scale_by(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
@@ -115,6 +112,8 @@ def descend(
 
 def _init(algorithm: Algorithm, params: optax.Params) -> Any:
     check_leaves("parameter", params)
+    if algorithm.moments["mu"].format in ("bfloat16", "int8"):
+        check_real(algorithm.moments["mu"].format, params)
     moments = {name: _storage.init(moment, params) for name, moment in algorithm.moments.items()}
     return algorithm.state(count=jnp.zeros([], jnp.int32), **moments)
 
@@ -140,7 +139,8 @@ def _update(
         return flatten_up_to(treedef, gradients, tree, name)
 
     def stored_leaves(name: str) -> list[Second]:
-        tree = getattr(state, name)
+        tree, requested = getattr(state, name), algorithm.moments[name].format
+        check_format(name, requested, _storage.format_of(tree, requested))
         if not isinstance(tree, Int8Moment):
             return leaves(tree, f"state.{name}")
         codes = leaves(tree.codes, f"state.{name}.codes")
@@ -163,7 +163,7 @@ def _update(
         check_leaf(lambda i=i: _path(gradients, i), g, stored, names)
         outcome.append(
             _leaf_step(
-                algorithm.rule,
+                algorithm.leaf,
                 g,
                 stored,
                 scalars,
@@ -211,7 +211,7 @@ def _scalars(scalars: Callable[[Any, RealLeaf], Any], settings: Any, count: jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def _leaf_step(
-    rule: Rule,
+    leaf: Callable[..., tuple[Leaf, Moments]],
     gradient: Leaf,
     stored: Stored,
     scalars: _Packed,
@@ -227,20 +227,20 @@ def _leaf_step(
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
         s = scalars.unpack(real)
-        moments = _storage.load(stored, real, rule.unit, s.mu_bound)
+        moments = _storage.load(stored, real)
         g = saturate(gradient.astype(wide))
         scale = _storage.scale_of(stored, real)
         if scale is not None:
             # The same average, of each row's largest gradient: never less than any of its nu, and
             # known without them.
             largest = jnp.max(jnp.abs(g), axis=-1, keepdims=True)
-            _, (_, scale) = rule.leaf(largest, (jnp.zeros_like(scale), scale), s)
-        update, moments = rule.leaf(g, moments, s)
+            _, (_, scale) = leaf(largest, (jnp.zeros_like(scale), scale), s)
+        update, moments = leaf(g, moments, s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
             update = -learning_rate.astype(real) * update
-        stored = _storage.store(moments, stored, scale, draw, rule.unit, s.mu_bound)
+        stored = _storage.store(moments, stored, scale, draw)
     return update.astype(gradient_dtype), stored
 
 
