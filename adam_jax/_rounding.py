@@ -7,8 +7,12 @@ same bits on every backend, under every sharding, in jit and out of it.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from adam_jax._types import RealLeaf, Word, Words
+
+Remainder = Int[Array, "*leaf"]  # what a 16-bit number lacks, in fractions of its ulp
 
 _GOLDEN = np.uint32(0x9E3779B9)  # 2^32 / golden ratio
 
@@ -68,3 +72,72 @@ def to_bfloat16(x: RealLeaf, bits: Words) -> RealLeaf:
     # A NaN whose payload lies in the lower half would turn into infinity.
     truncated = jnp.where(jnp.isnan(x), np.uint16(0x7FC0), truncated)
     return jax.lax.bitcast_convert_type(truncated, jnp.bfloat16)
+
+
+# A 16-bit float with 16 more bits of fraction is a word of 32: its upper half is the pattern of the
+# number cut off to 16 bits, and it counts on in equal parts of the ulp there, through zeros,
+# subnormal numbers and powers of two alike. For bfloat16 such a word is the float32 itself. All
+# that follows is integer arithmetic on words; only the way to them and back knows the dtype.
+_SIGN = np.uint32(0x80000000)
+_REBIAS = np.uint32((127 - 15) << 23)  # between the exponents of float32 and float16
+_SUBNORMAL = np.float32(2.0**40)  # a float16 below 2^-14 is a word of so many to the unit
+
+
+def split(
+    x: RealLeaf, dtype: DTypeLike, kept: int, bits: Words | None = None
+) -> tuple[RealLeaf, Remainder]:
+    """A float32 as the nearest bfloat16 or float16, and `kept` bits of what is missing to it.
+
+    The remainder counts 2^-kept parts of the ulp, away from zero, in [-2^(kept-1), 2^(kept-1)),
+    as int32: 16 bits hold a float32 exactly beside bfloat16, and from 2^-17 on beside float16.
+    What the word loses is rounded at random, right on average over bits, or to nearest without
+    them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
+
+    Infinity and NaN stay what they are, with remainder 0. A finite x beyond the largest finite
+    number of the dtype and its largest remainder becomes that.
+    """
+    infinity, nan = (np.uint32(np.array(v, dtype).view(np.uint16)) << 16 for v in (np.inf, np.nan))
+    lost = np.uint32(2 ** (16 - kept) - 1)
+    largest = (infinity - np.uint32(0x8001)) & ~lost
+    noise = (
+        (lost + np.uint32(1)) >> np.uint32(1) if bits is None else (bits >> np.uint32(16)) & lost
+    )
+    word = jnp.minimum((_magnitude(x, dtype, bits) + noise) & ~lost, largest)
+    word = jnp.where(jnp.isfinite(x), word, jnp.where(jnp.isnan(x), nan, infinity))
+    # Halves go up, so that the remainder fits: with 16 bits it goes from -32768 to 32767.
+    nearest = (word + np.uint32(0x8000)) >> np.uint32(16)
+    remainder = jax.lax.bitcast_convert_type(word - (nearest << np.uint32(16)), jnp.int32)
+    sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & _SIGN
+    low = ((sign >> np.uint32(16)) | nearest).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(low, dtype), remainder >> np.int32(16 - kept)
+
+
+def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLeaf:
+    """The float32 that `split` took apart, given what it returned and the `kept` it was given."""
+    upper = jax.lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
+    lower = jnp.asarray(remainder, jnp.int32) << np.int32(16 - kept)
+    word = upper + jax.lax.bitcast_convert_type(lower, jnp.uint32)
+    if low.dtype == jnp.bfloat16:
+        return jax.lax.bitcast_convert_type(word, jnp.float32)
+    magnitude = word & ~_SIGN
+    normal = (magnitude >> np.uint32(3)) + _REBIAS
+    # The exponent of float16's infinity is an ordinary one in float32.
+    normal = jnp.where(magnitude < np.uint32(0x7C000000), normal, normal + _REBIAS)
+    subnormal = magnitude.astype(jnp.float32) / _SUBNORMAL
+    subnormal = jax.lax.bitcast_convert_type(subnormal, jnp.uint32)
+    pattern = jnp.where(magnitude < np.uint32(1 << 26), subnormal, normal)
+    return jax.lax.bitcast_convert_type(pattern | (word & _SIGN), jnp.float32)
+
+
+def _magnitude(x: RealLeaf, dtype: DTypeLike, bits: Words | None) -> Words:
+    """The word of |x|; for float16 at most that of 2^16, which is infinity's."""
+    pattern = jax.lax.bitcast_convert_type(x, jnp.uint32) & ~_SIGN
+    if dtype == jnp.bfloat16:
+        return pattern
+    normal = (jnp.minimum(pattern, np.uint32((127 + 16) << 23)) - _REBIAS) << np.uint32(3)
+    scaled = jax.lax.bitcast_convert_type(pattern, jnp.float32) * _SUBNORMAL
+    whole = jnp.floor(scaled)
+    # The half of the bits that rounds words is the other one.
+    threshold = np.float32(0.5) if bits is None else uniform(bits << np.uint32(16))
+    subnormal = whole.astype(jnp.uint32) + (scaled - whole > threshold).astype(jnp.uint32)
+    return jnp.where(pattern < np.uint32((127 - 14) << 23), subnormal, normal)
