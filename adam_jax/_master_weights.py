@@ -1,0 +1,306 @@
+"""Training with bfloat16 and float16 parameters as if they had more bits."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from adam_jax._checks import check_choice, check_leaves, flatten_up_to
+from adam_jax._rounding import join, random_bits, split
+from adam_jax._types import Leaf, RealLeaf, Word, Words
+
+_NOTHING = "none"
+_FORMATS = {"int8": np.int8, "int16": np.int16, "float32": np.float32}
+_LOW = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
+
+
+class MasterWeightsState(NamedTuple):
+    """State of `master_weights`."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    # ^ int32, shape (): the number of steps, and of draws of random bits
+    remainder: optax.Params  # shaped like the parameters, int8, int16 or float32; () for "none"
+    # ^ a leaf that needs none, being float32 or wider, has one of shape ()
+    inner_state: Any  # the state of the optimizer inside, which sees float32 weights
+
+
+def master_weights(
+    inner: optax.GradientTransformation, remainder: str
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains bfloat16 and float16 parameters in float32, of which they are the upper bits.
+
+    A step too small for the parameter's 8 or 11 bits would be rounded away. Here a weight w is
+    the parameter p and a remainder r together, and each step is made in float32:
+
+        w = p + r ulp(p)
+        w <- w + inner(float32(g), w)
+        p <- w rounded to nearest,  r <- (w - p) / ulp(p) rounded to the bits that are kept
+
+    The update is the float32 number p_new - p. `optax.apply_updates` adds in float32 and rounds
+    once, so the parameter lands on p_new exactly. Hence **this must be the outermost wrapper of
+    a chain**: whatever scales or clips its updates would make parameter and remainder disagree.
+    Updates are float32 although gradients may be bfloat16; `inner` sees float32 gradients and
+    weights, so that clipping, decoupled decay and accumulation of gradients are float32's too.
+
+    | `remainder` | bytes per parameter, with p | weights | rounding |
+    |---|---|---|---|
+    | `"none"` | 2 | p alone | at random, right on average |
+    | `"int8"` | 3 | 8 more bits: 2^-8 ulp | at random, right on average |
+    | `"int16"` | 4 | 16 more bits; with bfloat16 that is float32, exactly | none (see below) |
+    | `"float32"` | 6 | float32, exactly, for float16 too | none |
+
+    With bfloat16 and `"int16"`, training is bit for bit that in float32. Beside float16, 16 bits
+    are 2^-16 ulp: exact for weights from 2^-17 to 65504, rounded at random to multiples of 2^-40
+    below. Random bits are a hash of leaf, coordinates and step, drawn anew at each step.
+
+    A finite weight beyond the largest finite parameter (3.39e38, 65504) becomes that, but for
+    `"float32"`, whose remainder goes further. Infinity and NaN are passed on. Landing is exact
+    with two exceptions. On processors that flush subnormal numbers, as JAX has CPUs and TPUs do,
+    it may be off by less than 2^-126. And a step that cancels all but 2^-16 of a weight may leave
+    it half an ulp of the step from where it should be; parameter and remainder agree all the same.
+
+    Leaves in float32, float64 or complex dtypes go through as they are. A `None` gradient gives
+    a `None` update and leaves the remainder untouched.
+
+    Stochastic rounding and compensated sums for bfloat16 weights are compared by [Zamirai et
+    al. (2020)](https://arxiv.org/abs/2010.06192); Kahan's compensated sum, as in `optimi`, keeps
+    the same information as a remainder in bfloat16. That float32 splits into bfloat16 and 16
+    bits is used by NVIDIA's apex and TransformerEngine; remainders of 8 bits are from FlashOptim
+    ([2026](https://arxiv.org/abs/2602.23349)), there rounded to nearest.
+
+    Args:
+        inner: any optax gradient transformation, or a whole chain of them.
+        remainder: `"none"`, `"int8"`, `"int16"` or `"float32"`.
+
+    Returns:
+        An optax gradient transformation with a `MasterWeightsState`. `master_params` reads the
+        float32 weights out, `load_master_params` puts them in.
+
+    Raises:
+        ValueError: for another `remainder`; in `update` when called without parameters, or with
+            gradients that do not fit them.
+        TypeError: in `init`, for a parameter of integer dtype, naming its path.
+
+    Example:
+        >>> import adam_jax, jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.master_weights(adam_jax.adamw(1e-3), "int16")
+        >>> params = jnp.array([1.0, -2.0], jnp.bfloat16)
+        >>> state = optimizer.init(params)
+        >>> gradients = jax.grad(lambda x: jnp.sum(x**2))(params)
+        >>> updates, state = optimizer.update(gradients, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> params
+        Array([1, -2], dtype=bfloat16)
+        >>> adam_jax.master_params(params, state)
+        Array([ 0.9989999, -1.9989998], dtype=float32)
+    """
+    check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> MasterWeightsState:
+        check_leaves("parameter", params)
+        remainders = ()
+        if remainder != _NOTHING:
+            dtype = _FORMATS[remainder]
+            remainders = jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype, shape=None if _is_low(p) else ()), params
+            )
+        return MasterWeightsState(
+            count=jnp.zeros([], jnp.int32),
+            remainder=remainders,
+            inner_state=inner.init(jax.tree.map(_master_leaf, params)),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MasterWeightsState]:
+        if params is None:
+            raise ValueError(
+                "master_weights needs the parameters: call update(gradients, state, params)."
+            )
+        gradients, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        old_params = flatten_up_to(tree, updates, params, "params")
+        stored = bool(jax.tree.leaves(state.remainder))
+        remainders = (
+            flatten_up_to(tree, updates, state.remainder, "state.remainder")
+            if stored
+            else [None] * len(gradients)
+        )
+        masters = [_master_leaf(p, r) for p, r in zip(old_params, remainders, strict=True)]
+        steps, inner_state = inner.update(
+            tree.unflatten([_widened(g, p) for g, p in zip(gradients, old_params, strict=True)]),
+            state.inner_state,
+            tree.unflatten(masters),
+            **extra_args,
+        )
+        steps = flatten_up_to(tree, updates, steps, "the inner optimizer's updates")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        leaves = zip(steps, old_params, masters, remainders, strict=True)
+        outcome = [
+            (u, r) if u is None or not _is_low(p) else _step_leaf(u, p, w, r, np.uint32(i), count)
+            for i, (u, p, w, r) in enumerate(leaves)
+        ]
+        return tree.unflatten([u for u, _ in outcome]), MasterWeightsState(
+            count=count,
+            remainder=tree.unflatten([r for _, r in outcome]) if stored else state.remainder,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def master_params(params: optax.Params, state: Any) -> optax.Params:
+    """The float32 weights that `master_weights` trains, of which `params` are the upper bits.
+
+    Args:
+        params: the current parameters; leaves that are neither bfloat16 nor float16 are returned
+            as they are.
+        state: an optimizer state with one `master_weights` state in it, at any depth.
+
+    Raises:
+        ValueError: when there is no such state, or more than one.
+    """
+    remainder = _only_state(state).remainder
+    if not jax.tree.leaves(remainder):
+        return jax.tree.map(_master_leaf, params)
+    return jax.tree.map(_master_leaf, params, remainder)
+
+
+def load_master_params(
+    master: optax.Params, params: optax.Params, state: Any
+) -> tuple[optax.Params, Any]:
+    """Parameters and a state that stand for the given float32 weights, to start training from.
+
+    A float32 checkpoint that is only cast to bfloat16 loses 16 of its bits. This puts them into
+    the remainder: `master_params` of what it returns is `master`, exactly for `"float32"` and,
+    within the limits that `master_weights` states, for `"int16"`, to half of 2^-8 ulp for
+    `"int8"`. For `"none"` there is nowhere to keep them, and parameters are just rounded to
+    nearest. The inner optimizer's state stays as it is.
+
+    Args:
+        master: the weights, in float32.
+        params: a tree that gives the dtypes of the parameters, such as the one for `init`.
+        state: an optimizer state with one `master_weights` state in it, at any depth.
+
+    Returns:
+        (parameters, state)
+
+    Raises:
+        ValueError: when there is no such state, or more than one.
+
+    Example:
+        >>> import adam_jax, jax, jax.numpy as jnp
+        >>> optimizer = adam_jax.master_weights(adam_jax.adamw(1e-3), "int16")
+        >>> master = jnp.array([0.1, -0.7])
+        >>> params = master.astype(jnp.bfloat16)
+        >>> params, state = adam_jax.load_master_params(master, params, optimizer.init(params))
+        >>> adam_jax.master_params(params, state)
+        Array([ 0.1, -0.7], dtype=float32)
+    """
+    old = _only_state(state)
+    masters, tree = jax.tree.flatten(master)
+    dtypes = [p.dtype for p in flatten_up_to(tree, master, params, "params")]
+    stored = bool(jax.tree.leaves(old.remainder))
+    remainders = tree.flatten_up_to(old.remainder) if stored else [None] * len(masters)
+    pairs = [
+        _split_leaf(jnp.asarray(w, jnp.float32), dtype, None if r is None else r.dtype)
+        if dtype in _LOW
+        else (jnp.asarray(w, dtype), r)
+        for w, dtype, r in zip(masters, dtypes, remainders, strict=True)
+    ]
+    new = old._replace(remainder=tree.unflatten([r for _, r in pairs]) if stored else old.remainder)
+    state = jax.tree.map(lambda x: new if _is_state(x) else x, state, is_leaf=_is_state)
+    return tree.unflatten([p for p, _ in pairs]), state
+
+
+def _only_state(state: Any) -> MasterWeightsState:
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one master_weights state, found {len(found)} in "
+            f"{type(state).__name__}. Pass the state of an optimizer that master_weights wraps."
+        )
+    return found[0]
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, MasterWeightsState)
+
+
+def _is_low(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", np.float32) in _LOW
+
+
+def _master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
+    return _joined(param, remainder) if _is_low(param) else param
+
+
+def _widened(gradient: Any, param: Any) -> Any:
+    return gradient if gradient is None or not _is_low(param) else jnp.asarray(gradient, np.float32)
+
+
+@jax.jit
+def _joined(param: RealLeaf, remainder: Leaf | None) -> RealLeaf:
+    if remainder is None:
+        return join(param)
+    if remainder.dtype == np.float32:
+        return join(param) + remainder
+    return join(param, remainder, _kept_bits(remainder.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _split_leaf(
+    master: RealLeaf,
+    param_dtype: DTypeLike,
+    remainder_dtype: DTypeLike | None,
+    bits: Words | None = None,
+) -> tuple[RealLeaf, Leaf | None]:
+    if remainder_dtype is None:
+        return split(master, param_dtype, 0, bits)[0], None
+    param, remainder = split(master, param_dtype, _kept_bits(remainder_dtype), bits)
+    if remainder_dtype == np.float32:
+        # The difference of two close numbers is exact; infinity has none to itself.
+        remainder = jnp.where(jnp.isfinite(master), master - join(param), 0)
+    return param, remainder.astype(remainder_dtype)
+
+
+def _kept_bits(remainder_dtype: DTypeLike) -> int:
+    return 8 if remainder_dtype == np.int8 else 16
+
+
+@jax.jit
+def _step_leaf(
+    update: RealLeaf,
+    param: RealLeaf,
+    master: RealLeaf,
+    remainder: Leaf | None,
+    leaf: Word,
+    count: Word,
+) -> tuple[RealLeaf, Leaf | None]:
+    """The update of one leaf that makes a parameter of its new master weight, and the remainder."""
+    master = master + update.astype(np.float32)
+    new_param, remainder = _split_leaf(
+        master,
+        param.dtype,
+        None if remainder is None else remainder.dtype,
+        random_bits(param.shape, leaf, count),
+    )
+    # The parameter has to land on new when this difference is added to it. Let |old| be in
+    # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much
+    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight and left a
+    # multiple of 2^(e-24), as both its terms were, which is so short that new is all of it: the
+    # remainder is 0. There a difference longer than |old| may be rounded, and the parameter
+    # land 2^(e-24) away, on a number as short, so that parameter and remainder still agree.
+    old, new = join(param), join(new_param)
+    difference = -(old - new)  # new - old, but -0 where they are equal, which keeps a -0
+    # The difference of finite numbers may overflow, that to an infinite one must.
+    limit = np.finfo(np.float32).max
+    difference = jnp.where(jnp.isfinite(new), jnp.clip(difference, -limit, limit), new)
+    return difference, remainder
