@@ -13,9 +13,11 @@ from adam_jax._amsgrad import scale_by_amsgrad as scale_by_amsgrad
 from adam_jax._averaging import AverageParamsState as AverageParamsState
 from adam_jax._averaging import average_params as average_params
 from adam_jax._averaging import averaged_params as averaged_params
+from adam_jax._convert import convert_state as convert_state
 from adam_jax._master_weights import MasterWeightsState as MasterWeightsState
 from adam_jax._master_weights import load_master_params as load_master_params
 from adam_jax._master_weights import master_params as master_params
 from adam_jax._master_weights import master_weights as master_weights
+from adam_jax._storage import Int8Moment as Int8Moment
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
 Maximum = Literal["raw", "corrected"]
 
 
-_MAXIMUM = (
+NU_MAX_IS_A_MAXIMUM = (
     "nu_max is a maximum over time, and a maximum of numbers rounded at random keeps the largest "
     "rounding error, so that steps would be too short for good"
 )
@@ -76,7 +76,7 @@ def _algorithm(
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
     check_choice("maximum", maximum, ("raw", "corrected"))
-    nu = Moment(storage_format("nu_dtype", nu_dtype, not_int8=_MAXIMUM), real=True)
+    nu = Moment(storage_format("nu_dtype", nu_dtype, not_int8=NU_MAX_IS_A_MAXIMUM), real=True)
     corrected = maximum == "corrected"
     return Algorithm(
         state=optax.ScaleByAmsgradState,

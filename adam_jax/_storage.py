@@ -6,12 +6,12 @@ with thresholds that are a random phase for each element, turned by the golden r
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax import _int8
@@ -45,6 +45,11 @@ class Moment(NamedTuple):
 
     format: str | None
     real: bool
+
+    @property
+    def is_struct(self) -> bool:
+        """Whether the state has it as an `Int8Moment` of trees, and not as a tree."""
+        return self.real and self.format == "int8"
 
 
 class Draw(NamedTuple):
@@ -120,21 +125,24 @@ def zeros(moment: Moment, param: ArrayLike) -> Second:
     shape = np.shape(param)
     dtype = stored_dtype(moment, shape, jnp.result_type(param))
     codes = jnp.zeros_like(param, dtype=dtype)
-    if not (moment.real and moment.format == "int8"):
+    if not moment.is_struct:
         return codes
     return Int8Moment(codes, jnp.zeros((*shape[:-1], 1) if fits_int8(shape) else (), jnp.float32))
 
 
-def init(moment: Moment, params: optax.Params) -> Any:
-    """The initial moment of every parameter, as the state has it."""
-    moments = jax.tree.map(lambda p: zeros(moment, p), params)
-    if not (moment.real and moment.format == "int8"):
-        return moments
-    is_pair = lambda x: isinstance(x, Int8Moment)  # noqa: E731
-    return Int8Moment(
-        codes=jax.tree.map(lambda pair: pair.codes, moments, is_leaf=is_pair),
-        scales=jax.tree.map(lambda pair: pair.scales, moments, is_leaf=is_pair),
-    )
+def to_leaves(tree: Any, flatten: Callable[[Any, str], list[Any]]) -> list[Second]:
+    """The leaves of a moment. `flatten` does it to a tree, and is told which one for its errors."""
+    if not isinstance(tree, Int8Moment):
+        return flatten(tree, "")
+    return list(map(Int8Moment, flatten(tree.codes, ".codes"), flatten(tree.scales, ".scales")))
+
+
+def to_tree(leaves: Sequence[Second], unflatten: Callable[[Any], Any], moment: Moment) -> Any:
+    """The inverse of `to_leaves`: a tree, or a struct of trees."""
+    if not moment.is_struct:
+        return unflatten(leaves)
+    codes, scales = zip(*leaves, strict=True) if leaves else ((), ())
+    return Int8Moment(unflatten(codes), unflatten(scales))
 
 
 def float_dtypes(stored: Stored) -> list[np.dtype[Any]]:

@@ -8,6 +8,7 @@ in the same pass, so that an update is rounded once, to the gradient's dtype, at
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,7 +27,7 @@ from adam_jax._checks import (
     flatten_up_to,
 )
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
-from adam_jax._storage import Draw, Int8Moment, Moment, Moments, Second, Stored
+from adam_jax._storage import Draw, Moment, Moments, Second, Stored
 from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, WeightDecay
 
 
@@ -114,7 +115,13 @@ def _init(algorithm: Algorithm, params: optax.Params) -> Any:
     check_leaves("parameter", params)
     if algorithm.moments["mu"].format in ("bfloat16", "int8"):
         check_real(algorithm.moments["mu"].format, params)
-    moments = {name: _storage.init(moment, params) for name, moment in algorithm.moments.items()}
+    param_leaves, treedef = jax.tree.flatten(params)
+    moments = {
+        name: _storage.to_tree(
+            [_storage.zeros(moment, p) for p in param_leaves], treedef.unflatten, moment
+        )
+        for name, moment in algorithm.moments.items()
+    }
     return algorithm.state(count=jnp.zeros([], jnp.int32), **moments)
 
 
@@ -138,16 +145,13 @@ def _update(
     def leaves(tree: Any, name: str) -> list[Any]:
         return flatten_up_to(treedef, gradients, tree, name)
 
-    def stored_leaves(name: str) -> list[Second]:
-        tree, requested = getattr(state, name), algorithm.moments[name].format
-        check_format(name, requested, _storage.format_of(tree, requested))
-        if not isinstance(tree, Int8Moment):
-            return leaves(tree, f"state.{name}")
-        codes = leaves(tree.codes, f"state.{name}.codes")
-        return list(map(Int8Moment, codes, leaves(tree.scales, f"state.{name}.scales")))
+    def stored_leaves(name: str, moment: Moment) -> list[Second]:
+        tree = getattr(state, name)
+        check_format(name, moment.format, _storage.format_of(tree, moment.format))
+        return _storage.to_leaves(tree, lambda part, field: leaves(part, f"state.{name}{field}"))
 
     names = list(algorithm.moments)
-    moments = list(zip(*map(stored_leaves, names), strict=True))
+    moments = list(zip(*starmap(stored_leaves, algorithm.moments.items()), strict=True))
     random = any(moment.format not in (None, "float32") for moment in algorithm.moments.values())
     n = len(gradient_leaves)
     param_leaves = [None] * n
@@ -173,14 +177,10 @@ def _update(
                 decays and decays[i],
             )
         )
-
-    def stored_tree(k: int) -> Any:
-        column = [stored[k] for _, stored in outcome]
-        if not isinstance(getattr(state, names[k]), Int8Moment):
-            return treedef.unflatten(column)
-        return Int8Moment(*map(treedef.unflatten, zip(*column, strict=True)))
-
-    new_moments = {name: stored_tree(k) for k, name in enumerate(names)}
+    new_moments = {
+        name: _storage.to_tree([stored[k] for _, stored in outcome], treedef.unflatten, moment)
+        for k, (name, moment) in enumerate(algorithm.moments.items())
+    }
     updates = treedef.unflatten([u for u, _ in outcome])
     return updates, algorithm.state(count=count, **new_moments)
 

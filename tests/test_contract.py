@@ -11,6 +11,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from optimizers import ROWS
 
+import adam_jax
+from adam_jax import _storage
+
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 each_row_with_peer = pytest.mark.parametrize(
     "row", [row for row in ROWS if row.peer], ids=lambda row: row.name
@@ -35,6 +38,13 @@ TOLERANCE = {
     "float64": 1e-14,
     "complex128": 1e-14,
 }
+
+
+@pytest.fixture(autouse=True)
+def small_leaves_in_int8(monkeypatch):
+    """The contracts hold for leaves of any size, and small ones are quicker to test."""
+    monkeypatch.setattr(_storage, "SMALLEST_INT8_LEAF", 1)
+    monkeypatch.setattr(_storage, "SHORTEST_INT8_ROW", 1)
 
 
 def random(shape, dtype, seed):
@@ -89,13 +99,40 @@ def moments_of(state):
     """The trees of the state by their names, as far as the optimizer has them."""
     names = ("mu", "nu", "nu_max", "average")
     found = {name: optax.tree.get_all_with_path(state, name) for name in names}
-    return {name: tree[0][1] for name, tree in found.items() if tree}
+    trees = {name: tree[0][1] for name, tree in found.items() if tree}
+    if isinstance(trees.get("nu"), adam_jax.Int8Moment):
+        trees["nu"], trees["scales"] = trees["nu"]
+    return trees
+
+
+def stored_dtypes(row, name, wide):
+    """The dtypes of a moment of `params_of`, some of whose leaves are never worth codes."""
+    real = name in ("nu", "nu_max")
+    full = jnp.finfo(wide).dtype if real else wide
+    format = {"mu": row.mu_format, "average": None}.get(name, row.nu_format)
+    if format is None:
+        return {full}
+    if format == "bfloat16":
+        return {jnp.dtype("bfloat16")}
+    single = np.dtype("complex64" if jnp.issubdtype(full, jnp.complexfloating) else "float32")
+    return {single} if format == "float32" else {single, np.dtype("uint8" if real else "int8")}
+
+
+def refused(row, params):
+    """Whether the row refuses these parameters, as it should: no complex mu but in float32."""
+    if not (jnp.iscomplexobj(params["kernel"]) and row.mu_format in ("bfloat16", "int8")):
+        return False
+    with pytest.raises(TypeError, match="holds real numbers only"):
+        row.make().init(params)
+    return True
 
 
 @each_row
 @each_dtype
 def test_shapes_and_dtypes(row, dtype, x64):
     params = params_of(dtype)
+    if refused(row, params):
+        return
     optimizer = row.make()
     updates, state = run(optimizer, params, gradients_of(params, 3))
     with jax.numpy_dtype_promotion("standard"):
@@ -104,10 +141,12 @@ def test_shapes_and_dtypes(row, dtype, x64):
     chex.assert_trees_all_equal_shapes_and_dtypes(last_updates, params)
     moments = moments_of(state)
     assert {"mu", "nu"} <= moments.keys()
+    for scale in jax.tree.leaves(moments.pop("scales", {})):
+        assert scale.dtype == jnp.float32
     for name, moment in moments.items():
         chex.assert_trees_all_equal_shapes(moment, params)
-        expected = jnp.finfo(wide).dtype if name in ("nu", "nu_max") else wide
-        assert {leaf.dtype for leaf in jax.tree.leaves(moment)} == {expected}
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(moment)}
+        assert dtypes == stored_dtypes(row, name, wide)
     counts = optax.tree.get_all_with_path(state, "count")
     assert counts
     for _, count in counts:
@@ -120,6 +159,8 @@ def test_shapes_and_dtypes(row, dtype, x64):
 @each_dtype
 def test_agrees_with_the_reference(row, dtype, x64):
     params = params_of(dtype)
+    if refused(row, params):
+        return
     gradients = gradients_of(params, 20)
     updates, _ = run(row.make(), params, gradients)
     wide = np.complex128 if jnp.iscomplexobj(params["kernel"]) else np.float64
@@ -132,7 +173,9 @@ def test_agrees_with_the_reference(row, dtype, x64):
 
     desired = jax.tree.map(reference, params, gradients)
     tolerance = TOLERANCE[dtype]
+    # The first step has not met what is stored yet.
     assert_close(first_steps(updates), first_steps(desired), tolerance)
+    tolerance = max(tolerance, row.storage_error)
     if not row.takes("weight_decay"):
         assert_close(updates, desired, tolerance)
     elif dtype not in ("float16", "bfloat16"):
@@ -144,6 +187,8 @@ def test_agrees_with_the_reference(row, dtype, x64):
 @each_dtype
 def test_a_step_changes_neither_structure_nor_dtypes(row, dtype, x64):
     params = params_of(dtype)
+    if refused(row, params):
+        return
     optimizer = row.make()
     state = optimizer.init(params)
     # lax.scan accepts a carry only if a step returns exactly the types that it was given.
@@ -223,7 +268,8 @@ def test_vmap_over_hyperparameters(row):
     for i in range(3):
         alone, _ = run(row.make(**{k: float(x[i]) for k, x in settings.items()}), params, gradients)
         # b2 = 0.999 as a float32 tracer has lost 1e-5 of 1 - b2: half of that is in the update.
-        assert_close(jax.tree.map(lambda u, i=i: u[i], together), alone, 2e-5)
+        tolerance = max(2e-5, row.storage_error)
+        assert_close(jax.tree.map(lambda u, i=i: u[i], together), alone, tolerance)
 
 
 @each_row
@@ -239,7 +285,7 @@ def test_inject_hyperparams_with_bfloat16_parameters(row):
         updates, _ = run(optimizer, params, gradients)
         chex.assert_tree_all_finite(updates)
         chex.assert_trees_all_equal_dtypes(updates, desired)
-        assert_close(updates, desired, tolerance)
+        assert_close(updates, desired, max(tolerance, row.storage_error))
 
 
 @each_row
@@ -301,7 +347,8 @@ def test_multi_steps(row):
     means = jax.tree.map(lambda g: (g[0::2] + g[1::2]) / 2, gradients)
     desired, _ = run(row.make(), params, means)
     assert not any(jnp.any(u[0::2]) for u in jax.tree.leaves(updates))
-    assert_close(jax.tree.map(lambda u: u[1::2], updates), desired, 2e-6)
+    tolerance = max(2e-6, row.storage_error)
+    assert_close(jax.tree.map(lambda u: u[1::2], updates), desired, tolerance)
 
 
 @each_row
@@ -321,12 +368,15 @@ def test_apply_if_finite(row, bad):
 
 @each_row
 def test_a_nan_gradient_is_not_hidden(row):
-    """Only the coordinate that it belongs to suffers, and there it shows."""
+    """Only the coordinate that it belongs to suffers (in int8 its row), and there it shows."""
     params = {"w": jnp.ones(3)}
     gradients = {"w": jnp.tile(jnp.array([1.0, jnp.nan, 1.0]), (3, 1))}
     updates, _ = run(row.make(), params, gradients)
     assert jnp.isnan(updates["w"][:, 1]).all()
-    assert jnp.isfinite(updates["w"][:, [0, 2]]).all()
+    if row.nu_format == "int8":
+        assert jnp.isnan(updates["w"][1:]).all()
+    else:
+        assert jnp.isfinite(updates["w"][:, [0, 2]]).all()
 
 
 @each_row
@@ -335,7 +385,8 @@ def test_flatten(row):
     gradients = gradients_of(params, 3)
     updates, _ = run(optax.flatten(row.make()), params, gradients)
     desired, _ = run(row.make(), params, gradients)
-    chex.assert_trees_all_close(updates, desired, rtol=1e-6, atol=1e-9)
+    # Flattened, a leaf's elements have other coordinates, and round with other random numbers.
+    assert_close(updates, desired, max(2e-6, row.storage_error))
 
 
 @each_row
@@ -395,7 +446,9 @@ def test_without_eps_zero_and_tiny_gradients_give_finite_steps_and_derivatives(r
         return updates[-1]
 
     updates = last(gradients)
-    longest = 1.1 * row.settings.get("learning_rate", 1.0)  # Nesterov looks ahead
+    longest = (1.1 + row.storage_error) * row.settings.get(
+        "learning_rate", 1.0
+    )  # Nesterov looks ahead
     assert updates[0] == 0
     assert jnp.all(jnp.abs(updates) <= longest)
     moderate = gradients[jnp.array([0, 0, 0, 4, 4])]  # of 1 / 1e-30 the square is infinite
@@ -443,7 +496,7 @@ def test_gradients_through_ten_steps(row, x64):
     derivative = jax.jacrev(final)(scale)
     assert jnp.isfinite(derivative).all()
     chex.assert_trees_all_close(derivative, jax.jacfwd(final)(scale), rtol=1e-4, atol=1e-6)
-    if x64:
+    if x64 and row.differentiable:
         step = 1e-6
         for i in range(4):
             up, down = (final(scale.at[i].add(s)) for s in (step, -step))
@@ -461,7 +514,7 @@ def test_derivatives_by_hyperparameters(row, x64):
         updates, _ = run(row.make(b1=b1, b2=b2), jnp.ones(4), gradients)
         return updates.sum()
 
-    for b1, b2 in [(0.9, 0.999), (0.3, 0.4)]:
+    for b1, b2 in [(0.9, 0.999), (0.3, 0.4)] if row.differentiable else []:
         derivatives = jax.grad(final, argnums=(0, 1))(b1, b2)
         step = 1e-6
         differences = (

@@ -1,0 +1,83 @@
+"""Moving a running training from one storage format to another."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adam_jax import _storage
+from adam_jax._amsgrad import NU_MAX_IS_A_MAXIMUM
+from adam_jax._moments import real_dtype
+from adam_jax._storage import Draw, Moment, Stored
+from adam_jax._types import StorageFormat
+
+
+def convert_state(
+    state: Any, mu_dtype: StorageFormat = None, nu_dtype: StorageFormat = None
+) -> Any:
+    """The same optimizer state with its moments stored in other formats.
+
+    What it returns is what an optimizer made with these `mu_dtype` and `nu_dtype` goes on from;
+    states of `optax.adam`, with whatever `mu_dtype`, are accepted too. bfloat16 rounds mu to
+    nearest and nu at random, int8 rounds both at random, as a step does. In int8 a row's scale
+    starts as its largest nu.
+
+    Args:
+        state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
+            `scale_by_adamax` in it, at any depth; the rest is returned as it is.
+        mu_dtype: as in `adam`.
+        nu_dtype: as in `adam`; for AMSGrad that of v_max too.
+
+    Raises:
+        ValueError: for an unknown storage format, for AMSGrad's nu in int8, and for a state
+            without moments.
+
+    Example:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> params = jnp.ones((64, 64))
+        >>> state = adam_jax.adam(1e-3).init(params)
+        >>> state = adam_jax.convert_state(state, mu_dtype="int8", nu_dtype="int8")
+        >>> state[0].mu.dtype
+        dtype('int8')
+    """
+    mu = Moment(_storage.storage_format("mu_dtype", mu_dtype), real=False)
+    nu = Moment(_storage.storage_format("nu_dtype", nu_dtype), real=True)
+    if not any(map(_has_moments, jax.tree.leaves(state, is_leaf=_has_moments))):
+        raise ValueError(
+            f"found no state of scale_by_adam, scale_by_amsgrad or scale_by_adamax in "
+            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
+            "restore it onto a state from init."
+        )
+    return jax.tree.map(
+        lambda x: _converted(x, mu, nu) if _has_moments(x) else x, state, is_leaf=_has_moments
+    )
+
+
+def _has_moments(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByAdamState | optax.ScaleByAmsgradState)
+
+
+def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
+    if isinstance(state, optax.ScaleByAmsgradState):
+        _storage.storage_format("nu_dtype", nu.format, not_int8=NU_MAX_IS_A_MAXIMUM)
+    treedef = jax.tree.structure(state.mu)
+    moments = {name: mu if name == "mu" else nu for name in state._fields if name != "count"}
+    columns = [
+        _storage.to_leaves(getattr(state, name), lambda tree, _: treedef.flatten_up_to(tree))
+        for name in moments
+    ]
+    leaves = []
+    for i, stored in enumerate(zip(*columns, strict=True)):
+        numbers = _storage.load(stored, jnp.float32)
+        like = cast(Stored, tuple(map(_storage.zeros, moments.values(), numbers)))
+        scale = None
+        if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:
+            scale = jnp.max(numbers[1], axis=-1, keepdims=True)
+        leaves.append(_storage.store(numbers, like, scale, Draw(np.uint32(i), state.count)))
+    trees = {
+        name: _storage.to_tree([leaf[k] for leaf in leaves], treedef.unflatten, moment)
+        for k, (name, moment) in enumerate(moments.items())
+    }
+    return state._replace(**trees)
