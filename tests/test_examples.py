@@ -10,16 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def run(*command):
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def run(command, *more):
+    """Runs a script of ours: words of a command line, and more that may have spaces in them."""
+    command = [sys.executable, *command.split(), *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 def test_mnist_learns_in_two_epochs_and_plots(tmp_path):
     plot = tmp_path / "plots" / "mnist.png"
-    finished = run("examples/mnist.py", "--epochs", "2", "--output", str(plot))
+    finished = run("examples/mnist.py --epochs 2 --output", str(plot))
     assert finished.returncode == 0, finished.stderr
     accuracies = re.findall(r"held-out accuracy (\d+\.\d)%", finished.stdout)
     assert len(accuracies) == 2
@@ -30,26 +30,51 @@ def test_mnist_learns_in_two_epochs_and_plots(tmp_path):
 
 @pytest.mark.slow
 def test_linen_mnist_learns():
-    finished = run("examples/linen_mnist.py", "--epochs", "2")
+    finished = run("examples/linen_mnist.py --epochs 2")
     assert finished.returncode == 0, finished.stderr
     accuracies = re.findall(r"held-out accuracy (\d+\.\d)%", finished.stdout)
     assert len(accuracies) == 2
     assert float(accuracies[-1]) > 90
 
 
+SEVEN_BYTES = "--param-dtype bfloat16 --remainder int8 --mu-dtype int8 --nu-dtype int8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "memory"), [("", 12), (SEVEN_BYTES, 5)])
+def test_gpt_learns_and_plots(tmp_path, flags, memory):
+    plot = tmp_path / "plots" / "gpt.png"
+    tiny = "--steps 100 --layers 1 --width 64 --context 32 --learning-rate 0.01"
+    finished = run(f"examples/gpt.py {tiny} {flags}", "--prompt", "import ", "--output", str(plot))
+    assert finished.returncode == 0, finished.stderr
+    *_, sample_and_summary = finished.stdout.partition("\n\nimport ")
+    summary = sample_and_summary.splitlines()[-1]
+    # How often each byte occurs, and nothing else, is worth a loss of 3.14.
+    assert float(re.search(r"held-out loss (\d+\.\d+) nats", summary)[1]) < 3
+    assert float(re.search(r"(\d+\.\d) bytes per parameter", summary)[1]) < memory + 0.5
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n")
+    assert plot.stat().st_size > 10_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
-        (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
-        (["--learning-rate", "-1"], "--learning-rate: must be positive, got -1.0"),
-        (["--batch-size", "5000"], "--batch-size: must be from 1 to 4000, got 5000"),
-        (["--output", "/dev/null/mnist.png"], "--output: "),
+        ("mnist.py --optimizer sgd", "invalid choice: 'sgd'"),
+        ("mnist.py --epochs 0", "--epochs: must be at least 1, got 0"),
+        ("mnist.py --learning-rate -1", "--learning-rate: must be positive, got -1.0"),
+        ("mnist.py --batch-size 5000", "--batch-size: must be from 1 to 4000, got 5000"),
+        ("mnist.py --output /dev/null/mnist.png", "--output: "),
+        ("mnist.py --optimizer adamax --nu-dtype int8", "nu_dtype"),
+        ("mnist.py --remainder int8", "--remainder: float32 parameters have none, got int8"),
+        ("gpt.py --steps 0", "--steps: must be at least 1, got 0"),
+        ("gpt.py --width 100", "--width: must be a multiple of 32, got 100"),
+        ("gpt.py --temperature 0", "--temperature: must be positive, got 0.0"),
+        ("gpt.py --prompt=", "--prompt: must not be empty"),
     ],
 )
 def test_a_wrong_value_is_one_line(arguments, message):
-    finished = run("examples/mnist.py", *arguments)
+    finished = run(f"examples/{arguments}")
     assert finished.returncode == 2
     assert message in finished.stderr
     assert len(finished.stderr.splitlines()) == 1
