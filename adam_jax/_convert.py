@@ -20,8 +20,8 @@ def convert_state(
     """The same optimizer state with its moments stored in other formats.
 
     What it returns is what an optimizer made with these `mu_dtype` and `nu_dtype` goes on from;
-    states of `optax.adam`, with whatever `mu_dtype`, are accepted too. bfloat16 rounds mu to
-    nearest and nu at random, int8 rounds both at random, as a step does. In int8 a row's scale
+    states of `optax.adam`, with whatever `mu_dtype`, are accepted too. They are rounded as a step
+    rounds them, in bfloat16 and int8 at random. In int8 a row's scale
     starts as its largest nu.
 
     Args:
@@ -62,7 +62,7 @@ def _has_moments(x: Any) -> bool:
 def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
     if isinstance(state, optax.ScaleByAmsgradState):
         _storage.storage_format("nu_dtype", nu.format, not_int8=NU_MAX_IS_A_MAXIMUM)
-    treedef = jax.tree.structure(state.mu)
+    treedef, count = jax.tree.structure(state.mu), jnp.asarray(state.count)
     moments = {name: mu if name == "mu" else nu for name in state._fields if name != "count"}
     columns = [
         _storage.to_leaves(getattr(state, name), lambda tree, _: treedef.flatten_up_to(tree))
@@ -75,7 +75,7 @@ def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
         scale = None
         if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:
             scale = jnp.max(numbers[1], axis=-1, keepdims=True)
-        leaves.append(_storage.store(numbers, like, scale, Draw(np.uint32(i), state.count)))
+        leaves.append(_storage.store(numbers, like, scale, Draw(np.uint32(i), count)))
     trees = {
         name: _storage.to_tree([leaf[k] for leaf in leaves], treedef.unflatten, moment)
         for k, (name, moment) in enumerate(moments.items())

@@ -70,8 +70,8 @@ def encode_nu(nu: RealLeaf, scale: RealLeaf, threshold: RealLeaf, n: int) -> Rea
     # Code 0 is for 0 alone: a divisor that may round to 0 would make steps without bound.
     low = jnp.clip(jnp.floor(n * root), 1, n - 1)
     a, b = _eighth_power(low * (1 / n)), _eighth_power((low + 1) * (1 / n))
-    code = low + (z - a > threshold * (b - a))
-    return jnp.where(nu > 0, code, 0)
+    up = z - a > threshold * (b - a)
+    return jnp.where(nu > 0, jnp.where(up, low + 1, low), 0)
 
 
 def decode_mu(code: RealLeaf, root: RealLeaf, n: int) -> RealLeaf:
@@ -86,8 +86,8 @@ def encode_mu(mu: RealLeaf, root: RealLeaf, threshold: RealLeaf, n: int) -> Real
     # (x - a) > threshold (b - a), with a and b the neighbours' values, multiplied by both of
     # their denominators.
     below = 2 * n + 1 - 2 * low
-    code = low + ((below - 2) * (x * below - low * root) > threshold * root * (2 * n + 1))
-    return jnp.sign(mu) * code
+    up = (below - 2) * (x * below - low * root) > threshold * root * (2 * n + 1)
+    return jnp.sign(mu) * jnp.where(up, low + 1, low)
 
 
 def _fourth_power(x: RealLeaf) -> RealLeaf:

@@ -55,25 +55,6 @@ def uniform(bits: Words) -> RealLeaf:
     return (bits >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
 
 
-def to_bfloat16(x: RealLeaf, bits: Words) -> RealLeaf:
-    """Rounds float32 to bfloat16, up or down at random, so that the mean over bits is x.
-
-    What is cut off, 16 bits, is the probability of rounding away from zero. Infinity and NaN stay
-    what they are; a finite x beyond the largest finite bfloat16 becomes that.
-    """
-    # Integers, because XLA on GPU takes a cast to bfloat16 and back for nothing at all.
-    word = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = word + (bits >> np.uint32(16))
-    largest = np.uint32(0x7F7F0000)
-    overflowed = (rounded & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F7FFFFF)
-    rounded = jnp.where(overflowed, (word & np.uint32(0x80000000)) | largest, rounded)
-    rounded = jnp.where(jnp.isfinite(x), rounded, word)
-    truncated = (rounded >> np.uint32(16)).astype(jnp.uint16)
-    # A NaN whose payload lies in the lower half would turn into infinity.
-    truncated = jnp.where(jnp.isnan(x), np.uint16(0x7FC0), truncated)
-    return jax.lax.bitcast_convert_type(truncated, jnp.bfloat16)
-
-
 # A 16-bit float with 16 more bits of fraction is a word of 32: its upper half is the pattern of the
 # number cut off to 16 bits, and it counts on in equal parts of the ulp there, through zeros,
 # subnormal numbers and powers of two alike. For bfloat16 such a word is the float32 itself. All

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax import _int8
 from adam_jax._moments import arithmetic_dtype, real_dtype, sqrt
-from adam_jax._rounding import random_bits, to_bfloat16, turned, uniform
+from adam_jax._rounding import random_bits, split, turned, uniform
 from adam_jax._types import Leaf, RealLeaf, StorageFormat, Word, Words
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -184,7 +184,7 @@ def store(
     """One leaf's moments in the formats of their predecessors, `like`; the inverse of `load`.
 
     `scale` is at least the largest nu of each row, and None unless nu is in int8. `draw` may be
-    None if mu is not in int8, and nu in neither of int8 and bfloat16.
+    None if nothing is in int8 or bfloat16. Moments beyond the second are rounded to nearest.
     """
     mu, v, *others = moments
     mu_like, nu_like, *others_like = like
@@ -195,12 +195,12 @@ def store(
     if scale is not None:
         codes = _int8.encode_nu(v, scale, _uniform(nu_words, v), levels.nu)
         q = _int8.nu_root(codes, scale, levels.nu)
-    elif codes_like.dtype == jnp.bfloat16:
-        codes = to_bfloat16(v.astype(jnp.float32), nu_words)
-        q = sqrt(codes.astype(v.dtype))
     else:
-        codes, q = v, sqrt(v)
-    if levels.mu:  # in units of nu as it will be read: rounding nu must not change mu
+        codes = _rounded(v, codes_like.dtype, nu_words)
+        q = sqrt(codes.astype(v.dtype))
+    if not levels.mu:
+        mu = _rounded(mu, mu_like.dtype, mu_words)
+    else:  # in units of nu as it will be read: rounding nu must not change mu
         mu = _int8.encode_mu(mu, q, _uniform(mu_words, v), levels.mu)
     if levels == _int8.SHARED:
         mu, codes = _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
@@ -228,6 +228,14 @@ def _levels(mu: jax.Array, nu: jax.Array) -> _int8.Levels:
 
 def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(arithmetic_dtype(x.dtype, dtype))
+
+
+def _rounded(x: Leaf, dtype: DTypeLike, words: Words) -> Leaf:
+    """Rounds to nearest, and to bfloat16 at random."""
+    # A moment that moves by less than half an ulp a step would, to nearest, never move.
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    return split(x.astype(jnp.float32), dtype, kept=0, bits=words)[0]
 
 
 def _uniform(words: Words, like: RealLeaf) -> RealLeaf:

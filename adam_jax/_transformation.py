@@ -25,6 +25,7 @@ from adam_jax._checks import (
     check_rate,
     check_real,
     flatten_up_to,
+    keystr,
 )
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
 from adam_jax._storage import Draw, Moment, Moments, Second, Stored
@@ -240,6 +241,9 @@ def _leaf_step(
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
             update = -learning_rate.astype(real) * update
+        if draw is not None:
+            # What is rounded at random is a step function: derivatives end here.
+            moments, scale = jax.lax.stop_gradient((moments, scale))
         stored = _storage.store(moments, stored, scale, draw)
     return update.astype(gradient_dtype), stored
 
@@ -266,12 +270,17 @@ def _per_leaf(name: str, prefix: Any, tree: Any) -> list[Any]:
             lambda value, subtree: jax.tree.map(lambda _: value, subtree, is_leaf=_is_none),
             prefix,
             tree,
+            is_leaf=_is_none,
         )
     except ValueError as error:
         raise ValueError(
             f"{name} must be one value or a tree prefix of the parameters: {error}"
         ) from error
-    return jax.tree.leaves(spread)
+    values = jax.tree.leaves(spread, is_leaf=_is_none)
+    for i, leaf in enumerate(jax.tree.leaves(tree, is_leaf=_is_none)):
+        if values[i] is None and leaf is not None:
+            raise ValueError(f"{name} is None at {keystr(_path(tree, i))}, which has a gradient.")
+    return values
 
 
 def _path(tree: Any, i: int) -> KeyPath:

@@ -189,3 +189,19 @@ def test_a_weight_decay_schedule():
     second, _ = optimizer.update(PARAMS, state, PARAMS)
     difference = np.asarray(second["dense"]["bias"] - first["dense"]["bias"])
     np.testing.assert_allclose(difference, -0.1 * 0.5, rtol=1e-5)
+
+
+def test_a_frozen_parameter_under_a_mask_that_is_a_function():
+    """The mask of a parameter that is None is None."""
+    params = {"a": jnp.ones(3), "frozen": None}
+    optimizer = adam_jax.adamw(0.1, mask=lambda params: jax.tree.map(lambda p: p.ndim > 0, params))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert updates["frozen"] is None
+    assert jnp.all(updates["a"] < 0)
+
+
+def test_a_leaf_without_a_learning_rate():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    optimizer = adam_jax.adam({"a": 0.1, "b": None})
+    with pytest.raises(ValueError, match=r"learning_rate is None at \['b'\]"):
+        optimizer.update(params, optimizer.init(params), params)

@@ -1,0 +1,408 @@
+"""How the moments are stored: bfloat16 and int8, their properties and what they are bound to."""
+
+import functools
+
+import chex
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+
+import adam_jax
+from adam_jax import _int8, _storage
+from adam_jax._storage import Draw, Int8Moment
+
+each_levels = pytest.mark.parametrize("levels", [_int8.ALONE, _int8.SHARED], ids=["8+8", "7+9"])
+THRESHOLDS = 4096
+# Thresholds that fill [0, 1) evenly: what becomes of one number under all that may be drawn.
+ALL = (np.arange(THRESHOLDS, dtype=np.float32) + np.float32(0.5)) / np.float32(THRESHOLDS)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def codes_of_nu(nu, scale, n):
+    return _int8.encode_nu(jnp.broadcast_to(nu, ALL.shape), scale, ALL, n)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def codes_of_mu(mu, root, n):
+    return _int8.encode_mu(jnp.broadcast_to(mu, ALL.shape), root, ALL, n)
+
+
+positive = st.floats(2.0**-90, 2.0**90, width=32)
+unit = st.floats(0, 1, width=32)
+
+
+@each_levels
+def test_every_code_survives(levels):
+    """What is decoded and encoded again is the same code, whatever the threshold."""
+    codes = jnp.arange(levels.nu + 1, dtype=jnp.float32)
+    scale = jnp.float32(3.7e-5)
+    for threshold in (0.0, 0.5, 1 - 2.0**-24):
+        nu = _int8.decode_nu(codes, scale, levels.nu)
+        again = _int8.encode_nu(nu, scale, jnp.float32(threshold), levels.nu)
+        # An ulp of difference in a power may be taken for a value just beside the code's own.
+        assert np.max(np.abs(again - codes)) <= (0 if threshold else 1)
+        assert np.mean(again == codes) > (0.999 if threshold else 0.3)
+        decoded = _int8.decode_nu(again, scale, levels.nu)
+        assert decoded[0] == 0
+    signed = jnp.arange(-levels.mu, levels.mu + 1, dtype=jnp.float32)
+    root = jnp.float32(0.02)
+    mu = _int8.decode_mu(signed, root, levels.mu)
+    assert np.all(np.diff(mu) > 0)
+    np.testing.assert_array_equal(mu, -mu[::-1])
+    again = _int8.encode_mu(mu, root, jnp.float32(0.5), levels.mu)
+    np.testing.assert_array_equal(again, signed)
+
+
+@each_levels
+@settings(deadline=None, max_examples=300)
+@given(ratio=unit, scale=positive)
+def test_nu_is_unbiased_never_clipped_and_never_zero(levels, ratio, scale):
+    n = levels.nu
+    nu, scale = np.float32(ratio) * np.float32(scale), np.float32(scale)
+    codes = np.asarray(codes_of_nu(nu, scale, n))
+    assert np.all((codes >= 0) & (codes <= n) & (codes == np.round(codes)))
+    if nu < np.finfo(np.float32).tiny:  # a subnormal number may count as 0
+        return
+    assert np.all(codes >= 1)
+    values = (np.float64(codes) / n) ** 8 * scale
+    smallest = np.float64(n) ** -8 * scale
+    if nu <= smallest:
+        assert np.all(codes == 1)
+        return
+    # The two values around nu, as often as it takes for their mean to be nu.
+    assert np.ptp(codes) <= 1
+    gap = ((codes.max() + 1) ** 8.0 - codes.max() ** 8.0) * smallest
+    np.testing.assert_allclose(values.mean(), nu, rtol=2e-5, atol=gap / THRESHOLDS)
+    assert values.min() <= nu * (1 + 2e-5)
+    assert values.max() >= nu * (1 - 2e-5)
+
+
+@each_levels
+@settings(deadline=None, max_examples=300)
+@given(ratio=st.floats(-200, 200, width=32), root=st.floats(2.0**-60, 2.0**60, width=32))
+def test_mu_is_unbiased_and_bounded(levels, ratio, root):
+    n = levels.mu
+    root = np.float32(root)
+    mu = np.float32(ratio) * root
+    codes = np.asarray(codes_of_mu(mu, root, n))
+    assert np.all((np.abs(codes) <= n) & (codes == np.round(codes)))
+    values = np.float64(codes) / (2 * n + 1 - 2 * np.abs(codes)) * root
+    if abs(mu) >= n * root:  # no gradients lead there with the default betas
+        assert np.all(codes == np.sign(mu) * n)
+        return
+    assert np.ptp(codes) <= 1
+    low = np.abs(codes).min()
+    gap = ((low + 1) / (2 * n - 1 - 2 * low) - low / (2 * n + 1 - 2 * low)) * root
+    np.testing.assert_allclose(values.mean(), mu, rtol=3e-6, atol=gap / THRESHOLDS + 1e-6 * root)
+    assert np.all(values * np.sign(mu) >= 0)
+
+
+@settings(deadline=None)
+@given(
+    mu=hnp.arrays(np.int32, (64,), elements=st.integers(-63, 63)),
+    nu=hnp.arrays(np.int32, (64,), elements=st.integers(0, 511)),
+)
+def test_sixteen_bits_hold_both_moments(mu, nu):
+    packed = _int8.join(jnp.asarray(mu), jnp.asarray(nu))
+    assert packed[0].dtype == jnp.int8
+    assert packed[1].dtype == jnp.uint8
+    np.testing.assert_array_equal(_int8.split(*packed), (mu, nu))
+
+
+def gradients_of(model, steps, shape, rng):
+    """Gradients that are hard on a codec, one of them per step."""
+    normal = rng.standard_normal((steps, *shape))
+    scales = np.exp(rng.standard_normal(shape))
+    return {
+        "normal": normal,
+        "log-normal scales": scales * normal,
+        "shrinking": scales * normal * 10.0 ** -np.linspace(0, 12, steps)[:, None, None],
+        "growing": scales * normal * 10.0 ** np.linspace(-12, 12, steps)[:, None, None],
+        "sparse": normal * (rng.random((steps, *shape)) < 0.05),
+        "stopping": normal * (np.arange(steps) < steps // 4)[:, None, None],
+        "one spike": np.where(np.arange(steps)[:, None, None] == steps // 2, 1e15, normal),
+        "constant": np.broadcast_to(scales, (steps, *shape)),
+    }[model]
+
+
+MODELS = ["normal", "log-normal scales", "shrinking", "growing", "sparse", "stopping"]
+MODELS += ["one spike", "constant"]
+FORMATS = [("int8", "int8"), ("float32", "int8"), ("int8", "float32"), ("int8", "bfloat16")]
+FORMATS += [("bfloat16", "bfloat16")]
+each_format = pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+SHAPE = (32, 128)
+
+
+def dtypes(tree):
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
+
+
+def numbers(state):
+    """mu and nu of a state as float32, whatever they are stored in."""
+    return adam_jax.convert_state(state)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@each_format
+def test_invariants_on_hard_gradients(model, formats):
+    """At every step: nu <= the scale, nu = 0 only where v is, |m| within its bound, no NaN."""
+    rng = np.random.default_rng(len(model))
+    gradients = jnp.asarray(gradients_of(model, 300, SHAPE, rng), jnp.float32)
+    optimizer = adam_jax.scale_by_adam(eps=1e-30, mu_dtype=formats[0], nu_dtype=formats[1])
+    exact = adam_jax.scale_by_adam(eps=1e-30)
+
+    @jax.jit
+    def scan(gradients):
+        def step(states, g):
+            u, state = optimizer.update(g, states[0])
+            v, state32 = exact.update(g, states[1])
+            stored = numbers(state)
+            scale = state.nu.scales if isinstance(state.nu, Int8Moment) else stored.nu
+            seen = {
+                "finite": jnp.isfinite(u).all() & jnp.isfinite(stored.mu).all(),
+                "nu <= scale": jnp.all(stored.nu <= scale * (1 + 1e-6)),
+                "nu > 0": jnp.all((stored.nu > 0) | (state32.nu < 1e-37)),
+                "scale >= largest v": jnp.all(scale >= 0.5 * state32.nu),
+                "largest step": jnp.abs(u).max(),
+                "float32's largest step": jnp.abs(v).max(),
+                "|m| / sqrt(v)": jnp.max(jnp.abs(stored.mu) / jnp.sqrt(stored.nu + 1e-37)),
+            }
+            return (state, state32), seen
+
+        zeros = jnp.zeros(SHAPE)
+        return jax.lax.scan(step, (optimizer.init(zeros), exact.init(zeros)), gradients)
+
+    (state, state32), seen = scan(gradients)
+    for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest v"):
+        assert seen[name].all(), name
+    # 7.27 by Cauchy-Schwarz; the next code above it is 7.4 with 7 bits, and nu may have been
+    # rounded down under it.
+    assert seen["|m| / sqrt(v)"].max() < 2 * 7.4
+    # A step follows from moments that each were at most one code away from the float32 ones.
+    assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
+    if model != "stopping":
+        ratio = jnp.sqrt(numbers(state).nu.sum(axis=-1) / state32.nu.sum(axis=-1))
+        np.testing.assert_allclose(jnp.median(ratio), 1, atol=0.05)
+
+
+@each_format
+def test_no_coordinate_is_stranded(formats):
+    """Constant gradients: every direction comes to 1 on average, from a nu once far too large."""
+    optimizer = adam_jax.scale_by_adam(eps=1e-30, b2=0.99, mu_dtype=formats[0], nu_dtype=formats[1])
+    scales = jnp.exp(jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32))
+
+    @jax.jit
+    def run(state):
+        def step(state, t):
+            return optimizer.update(scales * jnp.where(t < 100, 10.0, 1.0), state)[::-1]
+
+        return jax.lax.scan(step, state, jnp.arange(3000))
+
+    _, updates = run(optimizer.init(scales))
+    late = updates[-1500:].mean(axis=0)
+    np.testing.assert_allclose(late.mean(), 1, atol=0.02)
+    assert jnp.abs(late - 1).max() < 0.15  # every single coordinate, over 15 times nu's memory
+
+
+@each_format
+def test_moments_decay_to_zero_when_gradients_stop(formats):
+    optimizer = adam_jax.scale_by_adam(eps=1e-8, mu_dtype=formats[0], nu_dtype=formats[1])
+
+    @jax.jit
+    def run(state):
+        def step(state, t):
+            g = jnp.where(t < 50, jnp.ones(SHAPE), 0.0)
+            u, state = optimizer.update(g, state)
+            return state, jnp.abs(u).max()
+
+        return jax.lax.scan(step, state, jnp.arange(1500))
+
+    state, steps = run(optimizer.init(jnp.zeros(SHAPE)))
+    assert steps[50] > 0.5
+    assert steps[-1] < 1e-4
+    nu = numbers(state).nu
+    np.testing.assert_allclose(nu.mean(), (1 - 0.999**50) * 0.999**1450, rtol=0.05)
+
+
+@pytest.mark.parametrize("power", [-20, 10])
+def test_codes_do_not_see_the_scale_of_gradients(power):
+    """All gradients times a power of two: the same codes and the same steps, bit for bit."""
+    optimizer = adam_jax.scale_by_adam(eps=0.0, mu_dtype="int8", nu_dtype="int8")
+    gradients = np.random.default_rng(1).standard_normal((20, *SHAPE)).astype(np.float32)
+
+    @jax.jit
+    def run(gradients):
+        step = lambda state, g: optimizer.update(g, state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, optimizer.init(gradients[0]), gradients)
+
+    state, updates = run(jnp.asarray(gradients))
+    scaled, scaled_updates = run(jnp.asarray(gradients * np.float32(2.0**power)))
+    np.testing.assert_array_equal(state.mu, scaled.mu)
+    np.testing.assert_array_equal(state.nu.codes, scaled.nu.codes)
+    np.testing.assert_array_equal(updates, scaled_updates)
+
+
+def test_bfloat16_mu_does_not_stick():
+    """With b1 = 0.999 and to nearest, it would stay at half of a constant gradient."""
+    optimizer = adam_jax.scale_by_adam(b1=0.999, mu_dtype="bfloat16")
+
+    @jax.jit
+    def run(state):
+        step = lambda state, _: optimizer.update(jnp.ones(SHAPE), state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, state, length=3000)[0]
+
+    mu = run(optimizer.init(jnp.zeros(SHAPE))).mu.astype(jnp.float32)
+    np.testing.assert_allclose(mu.mean(), 1 - 0.999**3000, rtol=0.003)
+    assert jnp.abs(mu / mu.mean() - 1).max() < 0.1
+
+
+def test_bfloat16_nu_does_not_freeze():
+    """To nearest it would stick at 0.5, and after a drop of the gradients never come down."""
+    optimizer = adam_jax.scale_by_adam(mu_dtype="bfloat16", nu_dtype="bfloat16")
+
+    @jax.jit
+    def run(state):
+        def step(state, t):
+            return optimizer.update(jnp.where(t < 3000, jnp.ones(SHAPE), 0.1), state)[::-1]
+
+        return jax.lax.scan(step, state, jnp.arange(6000))
+
+    state, _ = run(optimizer.init(jnp.zeros(SHAPE)))
+    expected = 0.01 + 0.99 * (1 - 0.999**3000) * 0.999**3000
+    np.testing.assert_allclose(state.nu.astype(jnp.float32).mean(), expected, rtol=0.01)
+    assert state.nu.dtype == state.mu.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("format", ["bfloat16"])
+def test_adamax_in_bfloat16_keeps_its_norm(format):
+    optimizer = adam_jax.scale_by_adamax(mu_dtype=format, nu_dtype=format)
+    exact = adam_jax.scale_by_adamax()
+    gradients = np.random.default_rng(2).standard_normal((2000, *SHAPE)).astype(np.float32)
+
+    @jax.jit
+    def run(gradients):
+        def step(states, g):
+            return tuple(
+                o.update(g, s)[1] for o, s in zip((optimizer, exact), states, strict=True)
+            ), None
+
+        zeros = jnp.zeros(SHAPE)
+        return jax.lax.scan(step, (optimizer.init(zeros), exact.init(zeros)), gradients)[0]
+
+    state, state32 = run(gradients)
+    ratio = state.nu.astype(jnp.float32) / state32.nu
+    np.testing.assert_allclose(ratio.mean(), 1, atol=0.01)
+    assert jnp.abs(ratio - 1).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "coded"),
+    [(shape, True) for shape in [(64, 64), (4096,), (128, 32), (2, 3, 1024)]]
+    + [(shape, False) for shape in [(4095,), (1024, 31), (), (63, 64), (0, 64)]],
+)
+def test_small_leaves_stay_in_float32(shape, coded):
+    state = adam_jax.scale_by_adam(mu_dtype="int8", nu_dtype="int8").init(jnp.zeros(shape))
+    dtypes = (jnp.int8, jnp.uint8) if coded else (jnp.float32, jnp.float32)
+    assert (state.mu.dtype, state.nu.codes.dtype) == dtypes
+    assert state.nu.scales.shape == ((*shape[:-1], 1) if coded else ())
+
+
+def test_the_formats_may_be_dtypes():
+    params = jnp.zeros(SHAPE)
+    for name in ("float32", "bfloat16", "int8"):
+        by_name = adam_jax.scale_by_adam(mu_dtype=name, nu_dtype=name).init(params)
+        by_dtype = adam_jax.scale_by_adam(mu_dtype=jnp.dtype(name), nu_dtype=getattr(jnp, name))
+        assert dtypes(by_dtype.init(params)) == dtypes(by_name)
+
+
+def test_a_state_in_bfloat16_is_optax_state():
+    params = {"w": jnp.zeros(SHAPE), "b": jnp.zeros(3)}
+    ours = adam_jax.adam(1e-3, mu_dtype="bfloat16").init(params)
+    theirs = optax.adam(1e-3, mu_dtype="bfloat16").init(params)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert dtypes(ours) == dtypes(theirs)
+
+
+# ------------------------------------------------------------------ convert_state
+
+
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("bfloat16", "int8"), ("int8", "bfloat16")])
+@pytest.mark.parametrize("factory", [adam_jax.adam, adam_jax.nadamw], ids=["adam", "nadamw"])
+def test_a_run_goes_on_in_another_format(formats, factory):
+    params = {"w": jnp.ones((64, 128)), "b": jnp.ones(7), "none": None}
+    rng = np.random.default_rng(3)
+
+    def gradients():
+        return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+
+    plain, stored = factory(0.1), factory(0.1, mu_dtype=formats[0], nu_dtype=formats[1])
+    state = plain.init(params)
+    for _ in range(20):
+        _, state = plain.update(gradients(), state, params)
+    converted = adam_jax.convert_state(state, *formats)
+    assert jax.tree.structure(converted) == jax.tree.structure(stored.init(params))
+    g = gradients()
+    updates, converted = stored.update(g, converted, params)
+    desired, _ = plain.update(g, state, params)
+    error = jnp.linalg.norm(updates["w"] - desired["w"]) / jnp.linalg.norm(desired["w"])
+    assert error < 0.06
+    np.testing.assert_allclose(updates["b"], desired["b"], rtol=0.01)
+    back, _ = plain.update(g, adam_jax.convert_state(converted), params)
+    assert jnp.isfinite(back["w"]).all()
+    # From one of the formats into itself nothing changes.
+    again = adam_jax.convert_state(adam_jax.convert_state(converted, *formats), *formats)
+    once = adam_jax.convert_state(converted, *formats)
+    chex.assert_trees_all_equal(again, once)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_run_of_optax_in_bfloat16_goes_on():
+    params = jnp.ones(SHAPE)
+    theirs = optax.adam(0.1, mu_dtype="bfloat16")
+    _, state = theirs.update(params, theirs.init(params))
+    ours = adam_jax.adam(0.1)
+    updates, _ = ours.update(params, adam_jax.convert_state(state))
+    np.testing.assert_allclose(updates, -0.1, rtol=0.01)
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+@pytest.mark.parametrize("moment", ["mu", "nu"])
+def test_a_state_in_another_format_is_refused(format, moment):
+    params = {"w": jnp.ones(SHAPE)}
+    plain = adam_jax.adam(0.1)
+    stored = adam_jax.adam(0.1, **{f"{moment}_dtype": format})
+    for optimizer, other in [(plain, stored), (stored, plain)]:
+        with pytest.raises(ValueError, match=rf"state\.{moment} is stored in .*convert_state"):
+            optimizer.update(params, other.init(params), params)
+
+
+def test_what_cannot_be_stored_is_refused():
+    for factory in (adam_jax.adamax, adam_jax.adamaxw, adam_jax.amsgrad):
+        with pytest.raises(ValueError, match=r"nu_dtype can't be 'int8' here: .* is a maximum"):
+            factory(0.1, nu_dtype="int8")
+    with pytest.raises(ValueError, match=r"mu_dtype can't be 'int8' here: .* AdaMax does not have"):
+        adam_jax.scale_by_adamax(mu_dtype="int8")
+    amsgrad = adam_jax.amsgrad(0.1).init(jnp.ones(SHAPE))
+    with pytest.raises(ValueError, match="nu_max is a maximum"):
+        adam_jax.convert_state(amsgrad, nu_dtype="int8")
+    with pytest.raises(ValueError, match="found no state of scale_by_adam"):
+        adam_jax.convert_state(optax.sgd(0.1).init(jnp.ones(3)))
+    for format in ("bfloat16", "int8"):
+        with pytest.raises(TypeError, match=r"parameter \['w'\] has dtype complex64, and mu_dtype"):
+            adam_jax.adam(0.1, mu_dtype=format).init({"w": jnp.ones(SHAPE, jnp.complex64)})
+
+
+def test_random_words_differ_between_the_moments():
+    mu_words, nu_words = Draw(np.uint32(0), jnp.int32(1)).words((64, 64))
+    correlation = np.corrcoef(np.ravel(mu_words) / 2.0**32, np.ravel(nu_words) / 2.0**32)
+    assert abs(correlation[0, 1]) < 5 / 64
+
+
+def test_fits_int8_is_what_the_documentation_says():
+    assert _storage.SMALLEST_INT8_LEAF == 4096
+    assert _storage.SHORTEST_INT8_ROW == 32
