@@ -1,13 +1,12 @@
 """Adam (Algorithm 1 of Kingma and Ba, arXiv:1412.6980) and its variants that differ in a line."""
 
-import functools
 from typing import NamedTuple
 
 import optax
 
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
-from adam_jax._storage import Moment, storage_format
+from adam_jax._storage import Moment, Moments, storage_format
 from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
 
@@ -35,22 +34,25 @@ def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     )
 
 
-def _leaf(
-    g: Leaf, moments: tuple[Leaf, RealLeaf], s: _Scalars, *, nesterov: bool
-) -> tuple[Leaf, tuple[Leaf, RealLeaf]]:
+def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, v = moments
-    b1, b2, eps, eps_root = s.settings
-    m = decayed(m, g, b1)
-    v = decayed(v, abs_sq(g), b2)
-    m_hat = m * s.unbias_m
-    if nesterov:
-        m_hat = b1.b * (m * s.unbias_next_m) + b1.one_minus_b * (g * s.unbias_m)
-    v_hat = v * s.unbias_v
-    return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v)
+    return decayed(m, g, s.settings.b1), decayed(v, abs_sq(g), s.settings.b2)
 
 
-_ADAM_LEAF = functools.partial(_leaf, nesterov=False)
-_NADAM_LEAF = functools.partial(_leaf, nesterov=True)
+def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+    m, v = moments
+    return m * s.unbias_m / _denominator(v, s)
+
+
+def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+    m, v = moments
+    b1 = s.settings.b1
+    m_hat = b1.b * (m * s.unbias_next_m) + b1.one_minus_b * (g * s.unbias_m)
+    return m_hat / _denominator(v, s)
+
+
+def _denominator(v: RealLeaf, s: _Scalars) -> RealLeaf:
+    return sqrt(v * s.unbias_v + s.settings.eps_root) + s.settings.eps
 
 
 def _algorithm(
@@ -74,7 +76,8 @@ def _algorithm(
         },
         settings=_Settings(decay(b1), decay(b2), eps, eps_root),
         scalars=_scalars,
-        leaf=_NADAM_LEAF if nesterov else _ADAM_LEAF,
+        advance=_advance,
+        direction=_nesterov_direction if nesterov else _direction,
     )
 
 

@@ -7,7 +7,7 @@ import optax
 
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._moments import Decay, bias_correction, decay, decayed
-from adam_jax._storage import Moment, storage_format
+from adam_jax._storage import Moment, Moments, storage_format
 from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
 
@@ -33,17 +33,17 @@ def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     return _Scalars(settings=s, unbias_m=1 / bias_correction(s.b1, t))
 
 
-def _leaf(
-    g: Leaf, moments: tuple[Leaf, RealLeaf], s: _Scalars
-) -> tuple[Leaf, tuple[Leaf, RealLeaf]]:
+def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, u = moments
     b1, b2, eps = s.settings
-    m = decayed(m, g, b1)
-    u = jnp.maximum(u - b2.one_minus_b * u, jnp.abs(g) + eps)
-    m_hat = m * s.unbias_m
+    return decayed(m, g, b1), jnp.maximum(u - b2.one_minus_b * u, jnp.abs(g) + eps)
+
+
+def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+    m, u = moments
     # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative.
     still = u == 0
-    return jnp.where(still, 0, m_hat / jnp.where(still, 1, u)), (m, u)
+    return jnp.where(still, 0, m * s.unbias_m / jnp.where(still, 1, u))
 
 
 def _algorithm(
@@ -60,7 +60,8 @@ def _algorithm(
         },
         settings=_Settings(decay(b1), decay(b2), eps),
         scalars=_scalars,
-        leaf=_leaf,
+        advance=_advance,
+        direction=_direction,
     )
 
 

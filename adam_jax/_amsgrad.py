@@ -7,7 +7,7 @@ import optax
 
 from adam_jax._checks import check_choice, check_decay, check_not_negative
 from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
-from adam_jax._storage import Moment, storage_format
+from adam_jax._storage import Moment, Moments, storage_format
 from adam_jax._transformation import Algorithm, descend, scale_by
 from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
 
@@ -47,17 +47,17 @@ def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
     )
 
 
-def _leaf(
-    g: Leaf, moments: tuple[Leaf, RealLeaf, RealLeaf], s: _Scalars
-) -> tuple[Leaf, tuple[Leaf, RealLeaf, RealLeaf]]:
+def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, v, v_max = moments
-    b1, b2, eps, eps_root, *_ = s.settings
-    m = decayed(m, g, b1)
-    v = decayed(v, abs_sq(g), b2)
-    v_max = jnp.maximum(v_max, v * s.before)
-    m_hat = m * s.unbias_m
+    m = decayed(m, g, s.settings.b1)
+    v = decayed(v, abs_sq(g), s.settings.b2)
+    return m, v, jnp.maximum(v_max, v * s.before)
+
+
+def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+    m, _, v_max = moments
     v_hat = v_max * s.after
-    return m_hat / (sqrt(v_hat + eps_root) + eps), (m, v, v_max)
+    return m * s.unbias_m / (sqrt(v_hat + s.settings.eps_root) + s.settings.eps)
 
 
 def _algorithm(
@@ -95,7 +95,8 @@ def _algorithm(
             correct_after=bias_correction_nu and not corrected,
         ),
         scalars=_scalars,
-        leaf=_leaf,
+        advance=_advance,
+        direction=_direction,
     )
 
 

@@ -38,15 +38,21 @@ ALONE = Levels(mu=2**7 - 1, nu=2**8 - 1)
 SHARED = Levels(mu=2**6 - 1, nu=2**9 - 1)
 
 
-def join(mu_code: Codes, nu_code: Codes) -> tuple[Codes, Codes]:
-    """Packs 7 bits of mu and 9 of nu into an int8 and a uint8: nu's lowest bit is with mu."""
-    return (2 * mu_code + (nu_code & 1)).astype(jnp.int8), (nu_code >> 1).astype(jnp.uint8)
+def join(mu_code: Codes, nu_code: Codes) -> Codes:
+    """Both codes, 7 bits of mu and 9 of nu, as one int16."""
+    return (mu_code << 9 | nu_code).astype(jnp.int16)
 
 
-def split(mu_code: Codes, nu_code: Codes) -> tuple[Codes, Codes]:
-    """The codes, as int32, that `join` packed."""
-    mu_code, nu_code = mu_code.astype(jnp.int32), nu_code.astype(jnp.int32)
-    return mu_code >> 1, 2 * nu_code + (mu_code & 1)
+def bytes_of(word: Codes) -> tuple[Codes, Codes]:
+    """The int8 and the uint8 in which a joint word is stored: nu's lowest bit is with mu."""
+    mu_byte = word >> 8 & ~1 | word & 1
+    return mu_byte.astype(jnp.int8), (word >> 1 & 0xFF).astype(jnp.uint8)
+
+
+def split(mu_byte: Codes, nu_byte: Codes) -> tuple[Codes, Codes]:
+    """The codes of mu and nu, as int32, in the two bytes."""
+    mu_byte, nu_byte = mu_byte.astype(jnp.int32), nu_byte.astype(jnp.int32)
+    return mu_byte >> 1, 2 * nu_byte + (mu_byte & 1)
 
 
 def decode_nu(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:

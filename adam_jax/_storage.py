@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax import _int8
 from adam_jax._moments import arithmetic_dtype, real_dtype, sqrt
-from adam_jax._rounding import random_bits, split, turned, uniform
+from adam_jax._rounding import join, random_bits, split, turned, uniform
 from adam_jax._types import Leaf, RealLeaf, StorageFormat, Word, Words
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -175,13 +175,8 @@ def load(stored: Stored, dtype: DTypeLike) -> Moments:
     return (m, v, *(_widen(x, dtype) for x in others))
 
 
-def store(
-    moments: Moments,
-    like: Stored,
-    scale: RealLeaf | None,
-    draw: Draw | None,
-) -> Stored:
-    """One leaf's moments in the formats of their predecessors, `like`; the inverse of `load`.
+def encode(moments: Moments, like: Stored, scale: RealLeaf | None, draw: Draw | None) -> Any:
+    """One leaf's moments in the formats of their predecessors, `like`, for `unpack` to finish.
 
     `scale` is at least the largest nu of each row, and None unless nu is in int8. `draw` may be
     None if nothing is in int8 or bfloat16. Moments beyond the second are rounded to nearest.
@@ -203,12 +198,45 @@ def store(
     else:  # in units of nu as it will be read: rounding nu must not change mu
         mu = _int8.encode_mu(mu, q, _uniform(mu_words, v), levels.mu)
     if levels == _int8.SHARED:
-        mu, codes = _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
-    nu = codes.astype(codes_like.dtype)
+        return _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
+    others = (x.astype(x_like.dtype) for x, x_like in zip(others, others_like, strict=True))
+    return (mu.astype(mu_like.dtype), codes.astype(codes_like.dtype), *others)
+
+
+def unpack(encoded: Any, like: Stored, scale: RealLeaf | None) -> Stored:
+    """What `encode` returned, as the state has it; the inverse of `load`."""
+    nu_like = like[1]
+    if not isinstance(encoded, tuple):
+        encoded = _int8.bytes_of(encoded)
+    mu, nu, *others = encoded
     if isinstance(nu_like, Int8Moment):
         nu = Int8Moment(nu, nu_like.scales if scale is None else scale.astype(jnp.float32))
-    others = [x.astype(x_like.dtype) for x, x_like in zip(others, others_like, strict=True)]
-    return (mu.astype(mu_like.dtype), nu, *others)
+    return (mu, nu, *others)
+
+
+def apart(
+    function: Callable[..., Any],
+    gradient: Leaf,
+    stored: Stored,
+    scale: RealLeaf | None,
+    draw: Draw | None,
+) -> Any:
+    """function(*args), which on a CPU is compiled by itself.
+
+    There XLA makes one pass for each output of a step, and would decode, average and encode
+    anew in each of them, with copies of the old moments for those that come too late. It does not
+    look through a condition, even one that always holds. On GPU and TPU all of a step is one pass,
+    and stays so.
+    """
+    args = gradient, stored, scale, draw
+    if draw is None or not any(_levels(stored[0], _parts(stored[1])[0])):
+        return function(*args)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+
+    def on_cpu(*args: Any) -> Any:
+        return jax.lax.cond(draw.step > 0, function, lambda *_: zeros, *args)
+
+    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=function)
 
 
 def _parts(nu: Second) -> tuple[jax.Array, jax.Array | None]:
@@ -235,7 +263,10 @@ def _rounded(x: Leaf, dtype: DTypeLike, words: Words) -> Leaf:
     # A moment that moves by less than half an ulp a step would, to nearest, never move.
     if dtype != jnp.bfloat16:
         return x.astype(dtype)
-    return split(x.astype(jnp.float32), dtype, kept=0, bits=words)[0]
+    rounded, _ = split(x.astype(jnp.float32), dtype, kept=0, bits=words)
+    # The cast changes nothing but makes XLA on CPU keep the result, which it would otherwise
+    # compute again for the step, with a copy of the old moment.
+    return join(rounded).astype(dtype)
 
 
 def _uniform(words: Words, like: RealLeaf) -> RealLeaf:

@@ -39,9 +39,9 @@ class Algorithm(NamedTuple):
     moments: dict[str, Moment]  # mu, nu and perhaps another, by name
     settings: Any  # hyperparameters: a pytree of scalars, never a reason to compile again
     scalars: Callable[[Any, RealLeaf], Any]  # (settings, count) -> what a step needs of them
-    leaf: Callable[..., tuple[Leaf, Moments]]
-    # ^ (gradient, moments, scalars) -> direction, new moments. Like `scalars` a function of a
-    #   module, never a closure: jit caches what it compiled by this function's identity.
+    advance: Callable[[Leaf, Moments, Any], Moments]  # (gradient, moments, scalars) -> new moments
+    direction: Callable[[Leaf, Moments, Any], Leaf]  # (gradient, new moments, scalars)
+    # All three are functions of a module, never closures: jit caches by their identity.
 
 
 def scale_by(algorithm: Algorithm) -> optax.GradientTransformationExtraArgs:
@@ -168,7 +168,8 @@ def _update(
         check_leaf(lambda i=i: _path(gradients, i), g, stored, names)
         outcome.append(
             _leaf_step(
-                algorithm.leaf,
+                algorithm.advance,
+                algorithm.direction,
                 g,
                 stored,
                 scalars,
@@ -210,9 +211,10 @@ def _scalars(scalars: Callable[[Any, RealLeaf], Any], settings: Any, count: jax.
     return _Packed(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _leaf_step(
-    leaf: Callable[..., tuple[Leaf, Moments]],
+    advance: Callable[[Leaf, Moments, Any], Moments],
+    direction: Callable[[Leaf, Moments, Any], Leaf],
     gradient: Leaf,
     stored: Stored,
     scalars: _Packed,
@@ -228,23 +230,33 @@ def _leaf_step(
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
         s = scalars.unpack(real)
-        moments = _storage.load(stored, real)
-        g = saturate(gradient.astype(wide))
         scale = _storage.scale_of(stored, real)
         if scale is not None:
             # The same average, of each row's largest gradient: never less than any of its nu, and
             # known without them.
-            largest = jnp.max(jnp.abs(g), axis=-1, keepdims=True)
-            _, (_, scale) = leaf(largest, (jnp.zeros_like(scale), scale), s)
-        update, moments = leaf(g, moments, s)
+            largest = saturate(jnp.max(jnp.abs(gradient), axis=-1, keepdims=True).astype(real))
+            _, scale = advance(largest, (jnp.zeros_like(scale), scale), s)
+
+        def encoded(
+            gradient: Leaf, stored: Stored, scale: RealLeaf | None, draw: Draw | None
+        ) -> Any:
+            g = saturate(gradient.astype(wide))
+            moments = advance(g, _storage.load(stored, real), s)
+            return _storage.encode(moments, stored, scale, draw)
+
+        inputs = gradient, stored, scale, draw
+        if draw is not None:
+            # What is rounded at random is a step function: derivatives end here.
+            inputs = jax.lax.stop_gradient(inputs)
+        new = _storage.apart(encoded, *inputs)
+        stored = _storage.unpack(new, *inputs[1:3])
+        # From the moments as they are stored, so that a step needs no others.
+        g = saturate(gradient.astype(wide))
+        update = direction(g, _storage.load(stored, real), s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
             update = -learning_rate.astype(real) * update
-        if draw is not None:
-            # What is rounded at random is a step function: derivatives end here.
-            moments, scale = jax.lax.stop_gradient((moments, scale))
-        stored = _storage.store(moments, stored, scale, draw)
     return update.astype(gradient_dtype), stored
 
 
