@@ -1,10 +1,11 @@
-"""Times adam_jax beside optax.adam and, where torch is installed, torch's fused Adam.
+"""Times adam_jax beside optax.adam and, where installed, torch's fused Adam and FlashOptim.
 
     python benchmarks/speed.py
 
-All of them run in one process, after a warm-up, in turns (ours, optax, torch, ours, ...), so that
-whatever else the machine does falls on all alike. Reported are medians over the rounds, and their
-ratios: absolute times mean little on another machine.
+A first table has Adam in float32, a second one the formats in which moments and weights can be
+stored. All of them run in one process, after a warm-up, in turns (ours, optax, torch, ours, ...),
+so that whatever else the machine does falls on all alike. Reported are medians over the rounds, and
+their ratios: absolute times mean little on another machine.
 """
 
 # pyright: basic
@@ -24,15 +25,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from settings import RATE, Setting, Shapes, gpt2, settings
 from tqdm import tqdm
 
 import adam_jax
 
-RATE = 1e-3
 JAX_OPTIMIZERS = {"adam_jax": adam_jax.adam, "optax": optax.adam}
 NO_OPTIMIZER = "none"
+PLAIN = "adam, float32 moments"
+SEVEN_BYTES = "bfloat16 parameters, int8 remainder, int8 moments"
+LIKE = {  # by setting, FlashOptim's setting that keeps as much
+    "adam, int8 moments": "FlashOptim",
+    SEVEN_BYTES: "FlashOptim, bfloat16 parameters, int8 remainder",
+}
+TIMED = [PLAIN, "adam, bfloat16 moments", *LIKE, *LIKE.values()]
 TORCH = "torch, fused"
-Shapes = list[tuple[int, ...]]
 
 
 def cases(small: bool) -> dict[str, Shapes]:
@@ -44,19 +51,6 @@ def cases(small: bool) -> dict[str, Shapes]:
         f"{many} leaves of (128, 64)": [(128, 64)] * many,
         f"{fewer} leaves of (64,)": [(64,)] * fewer,
     }
-
-
-def gpt2(width: int, vocabulary: int, context: int, layers: int) -> Shapes:
-    """GPT-2's parameters: 148 leaves and 124M elements in its smallest published size."""
-    norm = [(width,), (width,)]
-    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [
-        (vocabulary, width),
-        (context, width),
-        *(norm + attention + norm + mlp) * layers,
-        *norm,
-    ]
 
 
 def normal(shapes: Shapes, seed: int) -> list[jax.Array]:
@@ -83,6 +77,21 @@ def jitted_step(optimizer: optax.GradientTransformation, shapes: Shapes) -> Call
     gradients = normal(shapes, seed=1)
     params = normal(shapes, seed=0)
     carry = params, optimizer.init(params)
+
+    def run() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(step(*carry, gradients))
+
+    return run
+
+
+def format_step(setting: Setting, shapes: Shapes) -> Callable[[], None]:
+    """One donated step of a setting, on arrays of its own."""
+    step = jax.jit(setting.step, donate_argnums=(0, 1))
+    params, gradients = (
+        [leaf.astype(setting.dtype) for leaf in normal(shapes, seed)] for seed in (0, 1)
+    )
+    carry = params, setting.init(params)
 
     def run() -> None:
         nonlocal carry
@@ -212,6 +221,23 @@ def machine() -> str:
     )
 
 
+def format_cases(small: bool) -> dict[str, Shapes]:
+    """The trees of the table of formats: rows of some length, that int8 has a scale for each of."""
+    leaf = (64, 128) if small else (4096, 8192)
+    return {f"one leaf of {leaf}": [leaf], "GPT-2": cases(small)["GPT-2"]}
+
+
+def format_rows(case: str, times: dict[str, float]) -> list[str]:
+    """Lines of the table of formats: ratios to float32, and to FlashOptim's like, and the times."""
+    rows = []
+    for name, taken in times.items():
+        peer = times.get(LIKE.get(name, ""))
+        cells = [f"{case}: {name}", f"{taken / times[PLAIN]:.2f}"]
+        cells += [f"{taken / peer:.2f}" if peer else "", f"{1e3 * taken:.3g}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def has_torch() -> bool:
     """Whether torch can be imported; it is not a dependency of this project."""
     return importlib.util.find_spec("torch") is not None
@@ -244,7 +270,9 @@ def main() -> None:
     trees = cases(options.small)
     seconds = 0.0 if options.small else 0.1
     few = max(1, options.rounds // 3)  # rounds for what takes seconds
-    progress = tqdm(total=len(trees) * (options.rounds + few) + few, unit="round")
+    format_trees = format_cases(options.small)
+    total = len(trees) * (options.rounds + few) + few + len(format_trees) * few
+    progress = tqdm(total=total, unit="round")
     optimizers = {name: make(RATE) for name, make in JAX_OPTIMIZERS.items()}
 
     rows = []
@@ -274,6 +302,12 @@ def main() -> None:
                 floor = medians[NO_OPTIMIZER]
                 beyond = {name: time - floor for name, time in medians.items()}
                 rows.append(row(f"{stage}, the optimizer's part: {case}", beyond))
+    format_table = []
+    for case, shapes in format_trees.items():
+        timed = {name: setting for name, setting in settings().items() if name in TIMED}
+        runs = {name: format_step(setting, shapes) for name, setting in timed.items()}
+        format_table += format_rows(case, in_turns(runs, few, seconds, progress))
+        del runs
     progress.close()
 
     print(f"{machine()}\n")
@@ -285,6 +319,9 @@ def main() -> None:
         "\nPrograms compiled by eager updates when learning rate, b1, b2 and eps change:", end=" "
     )
     print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
+    print("\n| step, with storage formats | / float32 | / FlashOptim's like | ms |")
+    print("|---|---|---|---|")
+    print(*format_table, sep="\n")
 
 
 if __name__ == "__main__":

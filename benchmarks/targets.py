@@ -1,0 +1,48 @@
+"""Compiling for a GPU or a TPU on a machine that has neither.
+
+The compilers come with packages of their own, which need no device:
+
+    uv run --with jax-cuda12-plugin --with jax-cuda12-pjrt --with nvidia-cuda-nvcc-cu12 ...
+    uv run --with "jax[tpu]" ...
+"""
+
+# pyright: basic
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+HERE = "here"
+PLATFORMS = {"h100": "cuda", "v5e": "tpu"}
+TARGETS = [HERE, *PLATFORMS]
+
+
+def compile_for(target: str, function: Any, *args: Any) -> Any:
+    """The compiled program of a jitted function, for arguments given by shape and dtype."""
+    if target == HERE:
+        return function.lower(*args).compile()
+    sharding = NamedSharding(Mesh(np.array(devices(target)[:1]), ("x",)), PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    return function.trace(*args).lower(lowering_platforms=(PLATFORMS[target],)).compile()
+
+
+def devices(target: str) -> list[Any]:
+    """The devices that the compiler is told about."""
+    if target == "v5e":
+        # What the TPU's runtime would ask its machine for.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=Path(__file__).with_name("h100.textproto").read_text(),
+        topology="1x1x1",
+    ).devices
