@@ -100,6 +100,9 @@ def scale_by_adam(
     - `mu`: the first moment m, shaped like the parameters, float32 (complex64 for a complex
       parameter, float64 or complex128 for one of those dtypes);
     - `nu`: the second raw moment v, shaped alike, real.
+
+    With `mu_dtype` or `nu_dtype` they are bfloat16, or int8 codes, in which case `nu` is an
+    `Int8Moment` of two trees. Each step is taken from the moments as they are stored.
     """
     return scale_by(_algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov))
 
@@ -135,9 +138,14 @@ def adam(
         b2: decay rate of the second raw moment, in [0, 1).
         eps: added to the denominator, in units of the gradient.
         eps_root: added inside the square root, in units of the gradient squared.
-        mu_dtype: how m is stored: None or "float32".
-        nu_dtype: how v is stored: None or "float32". None is float32, and float64 for float64
-            and complex128 parameters.
+        mu_dtype: how m is stored between steps: "float32", "bfloat16" or "int8", or the dtype of
+            that name. None is float32, and float64 for float64 and complex128 parameters.
+            bfloat16 and int8 are rounded at random, right on average. They take 2 bytes and 1
+            per parameter; in int8, a leaf of fewer than 4096 elements, or with a last axis
+            shorter than 32, stays in float32. Not for complex parameters. Arithmetic is float32
+            all the same, and derivatives do not go through what is rounded.
+        nu_dtype: how v is stored, likewise. In int8 there is a float32 scale for each row (the
+            last axis), so that a NaN gradient poisons its row.
         nesterov: replace m^ by b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t), after
             [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
 
@@ -150,8 +158,10 @@ def adam(
 
     Raises:
         ValueError: when called, for a concrete hyperparameter outside its range or an unknown
-            storage format; in `update`, for gradients that do not fit the state.
-        TypeError: for a parameter or gradient of integer dtype, naming its path.
+            storage format; in `update`, for gradients that do not fit the state, or a state in
+            another storage format (see `convert_state`).
+        TypeError: for a parameter or gradient of integer dtype, naming its path, and for a
+            complex parameter whose m would be in bfloat16 or int8.
 
     Example:
         >>> import adam_jax, jax, jax.numpy as jnp, optax

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import _storage
-from adam_jax._checks import check_decay, check_leaves
+from adam_jax._checks import check_decay, check_leaves, only_state
 from adam_jax._moments import Decay, bias_correction, decayed
 from adam_jax._moments import decay as prepare
 from adam_jax._types import Leaf, RealLeaf, Scalar
@@ -99,15 +99,9 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
     Raises:
         ValueError: when there is no such state, or more than one.
     """
-    is_average = lambda x: isinstance(x, AverageParamsState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_average) if is_average(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one average_params state, found {len(found)} in "
-            f"{type(state).__name__}. Pass the state of an optimizer that average_params wraps."
-        )
+    found = only_state(AverageParamsState, "average_params", state)
     return jax.tree.map(
-        lambda p, average: _read_leaf(p, average, found[0].weight), params, found[0].average
+        lambda p, average: _read_leaf(p, average, found.weight), params, found.average
     )
 
 

@@ -6,7 +6,7 @@ hyperparameters are tracers, and a traced value has no range to compare with.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from jax.core import Tracer
 
 from adam_jax._types import KeyPath, Scalar
+
+T = TypeVar("T")
 
 
 def check_decay(name: str, b: Scalar) -> None:
@@ -121,6 +123,18 @@ def check_real(format: str, params: Any) -> None:
                 "real numbers only. Use mu_dtype='float32', or optax.multi_transform to store the "
                 "moments of complex parameters in another format."
             )
+
+
+def only_state(kind: type[T], wrapper: str, state: Any) -> T:
+    """The state of this kind in an optimizer's state, or a ValueError unless there is just one."""
+    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
+    found = list(filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one {wrapper} state, found {len(found)} in {type(state).__name__}. Pass "
+            f"the state of an optimizer that {wrapper} wraps."
+        )
+    return found[0]
 
 
 def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from adam_jax._checks import check_choice, check_leaves, flatten_up_to
+from adam_jax._checks import check_choice, check_leaves, flatten_up_to, only_state
 from adam_jax._rounding import join, random_bits, split
 from adam_jax._types import Leaf, RealLeaf, Word, Words
 
@@ -167,7 +167,7 @@ def master_params(params: optax.Params, state: Any) -> optax.Params:
     Raises:
         ValueError: when there is no such state, or more than one.
     """
-    remainder = _only_state(state).remainder
+    remainder = only_state(MasterWeightsState, "master_weights", state).remainder
     if not jax.tree.leaves(remainder):
         return jax.tree.map(_master_leaf, params)
     return jax.tree.map(_master_leaf, params, remainder)
@@ -204,7 +204,7 @@ def load_master_params(
         >>> adam_jax.master_params(params, state)
         Array([ 0.1, -0.7], dtype=float32)
     """
-    old = _only_state(state)
+    old = only_state(MasterWeightsState, "master_weights", state)
     masters, tree = jax.tree.flatten(master)
     dtypes = [p.dtype for p in flatten_up_to(tree, master, params, "params")]
     stored = bool(jax.tree.leaves(old.remainder))
@@ -218,16 +218,6 @@ def load_master_params(
     new = old._replace(remainder=tree.unflatten([r for _, r in pairs]) if stored else old.remainder)
     state = jax.tree.map(lambda x: new if _is_state(x) else x, state, is_leaf=_is_state)
     return tree.unflatten([p for p, _ in pairs]), state
-
-
-def _only_state(state: Any) -> MasterWeightsState:
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one master_weights state, found {len(found)} in "
-            f"{type(state).__name__}. Pass the state of an optimizer that master_weights wraps."
-        )
-    return found[0]
 
 
 def _is_state(x: Any) -> bool:

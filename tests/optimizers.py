@@ -118,8 +118,6 @@ ROWS = [
     _stored_row("adam-bfloat16", _BY_NAME["adam"], "bfloat16", "bfloat16", 0.05),
     _stored_row("adamw-int8", _BY_NAME["adamw"], "int8", "int8", 0.3),
     _stored_row("nadam-int8-float32", _BY_NAME["nadam"], "int8", "float32", 0.3),
-    _stored_row("scale_by_adam-int8-bfloat16", _BY_NAME["scale_by_adam"], "int8", "bfloat16", 0.3),
-    _stored_row("adam-float32-int8", _BY_NAME["adam"], "float32", "int8", 0.3),
     _stored_row("amsgrad-int8-bfloat16", _BY_NAME["amsgrad"], "int8", "bfloat16", 0.3),
     _stored_row("adamax-bfloat16", _BY_NAME["adamax"], "bfloat16", "bfloat16", 0.05),
 ]

@@ -278,26 +278,28 @@ def test_bfloat16_nu_does_not_freeze():
     assert state.nu.dtype == state.mu.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("format", ["bfloat16"])
-def test_adamax_in_bfloat16_keeps_its_norm(format):
-    optimizer = adam_jax.scale_by_adamax(mu_dtype=format, nu_dtype=format)
-    exact = adam_jax.scale_by_adamax()
+@pytest.mark.parametrize(
+    ("factory", "denominator"),
+    [(adam_jax.scale_by_adamax, "nu"), (adam_jax.scale_by_amsgrad, "nu_max")],
+    ids=["adamax", "amsgrad"],
+)
+def test_a_maximum_in_bfloat16_is_hardly_biased(factory, denominator):
+    """A maximum keeps upward rounding errors; bfloat16's are small enough. int8's would not be."""
+    optimizer, exact = factory(mu_dtype="bfloat16", nu_dtype="bfloat16"), factory()
     gradients = np.random.default_rng(2).standard_normal((2000, *SHAPE)).astype(np.float32)
 
     @jax.jit
     def run(gradients):
         def step(states, g):
-            return tuple(
-                o.update(g, s)[1] for o, s in zip((optimizer, exact), states, strict=True)
-            ), None
+            return (optimizer.update(g, states[0])[1], exact.update(g, states[1])[1]), None
 
         zeros = jnp.zeros(SHAPE)
         return jax.lax.scan(step, (optimizer.init(zeros), exact.init(zeros)), gradients)[0]
 
-    state, state32 = run(gradients)
-    ratio = state.nu.astype(jnp.float32) / state32.nu
+    stored, desired = (getattr(state, denominator) for state in run(gradients))
+    ratio = stored.astype(jnp.float32) / desired
     np.testing.assert_allclose(ratio.mean(), 1, atol=0.01)
-    assert jnp.abs(ratio - 1).max() < 0.1
+    assert jnp.abs(ratio - 1).max() < 0.15
 
 
 @pytest.mark.parametrize(
