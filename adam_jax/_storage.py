@@ -229,12 +229,19 @@ def apart(
     and stays so.
     """
     args = gradient, stored, scale, draw
-    if draw is None or not any(_levels(stored[0], _parts(stored[1])[0])):
+    mu, nu, *others = stored
+    codes, _ = _parts(nu)
+    levels = _levels(mu, codes)
+    if draw is None or not any(levels):
         return function(*args)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+
+    def unchanged(*_: Any) -> Any:
+        if levels == _int8.SHARED:
+            return _int8.join(*_int8.split(mu, codes))
+        return (mu, codes, *others)
 
     def on_cpu(*args: Any) -> Any:
-        return jax.lax.cond(draw.step > 0, function, lambda *_: zeros, *args)
+        return jax.lax.cond(draw.step > 0, function, unchanged, *args)
 
     return jax.lax.platform_dependent(*args, cpu=on_cpu, default=function)
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
+from jax.sharding import Mesh, PartitionSpec
 
 import adam_jax
 from adam_jax import _int8, _storage
@@ -300,6 +301,23 @@ def test_a_maximum_in_bfloat16_is_hardly_biased(factory, denominator):
     ratio = stored.astype(jnp.float32) / desired
     np.testing.assert_allclose(ratio.mean(), 1, atol=0.01)
     assert jnp.abs(ratio - 1).max() < 0.15
+
+
+@each_format
+def test_shard_map_over_the_rows(formats):
+    """The step compiles where leaves vary over a mesh, and gives what it gives without one."""
+    optimizer = adam_jax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    gradients = jnp.asarray(np.random.default_rng(5).standard_normal(SHAPE), jnp.float32)
+    state = optimizer.init(gradients)
+    rows = PartitionSpec("x")
+    specs = jax.tree.map(lambda leaf: rows if leaf.ndim else PartitionSpec(), state)
+    update = jax.shard_map(
+        optimizer.update, mesh=mesh, in_specs=(rows, specs), out_specs=(rows, specs)
+    )
+    chex.assert_trees_all_equal(
+        jax.jit(update)(gradients, state), optimizer.update(gradients, state)
+    )
 
 
 @pytest.mark.parametrize(
