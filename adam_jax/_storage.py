@@ -165,13 +165,10 @@ def load(stored: Stored, dtype: DTypeLike) -> Moments:
     if levels == _int8.SHARED:
         mu, codes = _int8.split(mu, codes)
     m, v = _widen(mu, dtype), _widen(codes, dtype)
-    if scale is not None:
-        scale = scale.astype(dtype)
-        v, q = _int8.decode_nu(v, scale, levels.nu), _int8.nu_root(v, scale, levels.nu)
-    else:
-        q = sqrt(v)
     if levels.mu:
-        m = _int8.decode_mu(m, q, levels.mu)
+        m = _int8.decode_mu(m, _mu_unit(v, scale, levels), levels.mu)
+    if scale is not None:
+        v = _int8.decode_nu(v, scale.astype(dtype), levels.nu)
     return (m, v, *(_widen(x, dtype) for x in others))
 
 
@@ -185,18 +182,17 @@ def encode(moments: Moments, like: Stored, scale: RealLeaf | None, draw: Draw | 
     mu_like, nu_like, *others_like = like
     codes_like, _ = _parts(nu_like)
     levels = _levels(mu_like, codes_like)
-    draw = draw or Draw(np.uint32(0), np.uint32(0))  # its words then go unused
-    mu_words, nu_words = draw.words(v.shape)
-    if scale is not None:
-        codes = _int8.encode_nu(v, scale, _uniform(nu_words, v), levels.nu)
-        q = _int8.nu_root(codes, scale, levels.nu)
+    mu_words, nu_words = draw.words(v.shape) if draw else (None, None)
+    if scale is not None and nu_words is not None:
+        codes = _int8.encode_nu(v, scale, uniform(nu_words).astype(v.dtype), levels.nu)
     else:
         codes = _rounded(v, codes_like.dtype, nu_words)
-        q = sqrt(codes.astype(v.dtype))
-    if not levels.mu:
+    if levels.mu and mu_words is not None:
+        # In units of nu as it will be read: rounding nu must not change mu.
+        q = _mu_unit(codes.astype(v.dtype), scale, levels)
+        mu = _int8.encode_mu(mu, q, uniform(mu_words).astype(v.dtype), levels.mu)
+    else:
         mu = _rounded(mu, mu_like.dtype, mu_words)
-    else:  # in units of nu as it will be read: rounding nu must not change mu
-        mu = _int8.encode_mu(mu, q, _uniform(mu_words, v), levels.mu)
     if levels == _int8.SHARED:
         return _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
     others = (x.astype(x_like.dtype) for x, x_like in zip(others, others_like, strict=True))
@@ -265,16 +261,17 @@ def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(arithmetic_dtype(x.dtype, dtype))
 
 
-def _rounded(x: Leaf, dtype: DTypeLike, words: Words) -> Leaf:
+def _mu_unit(nu: RealLeaf, scale: RealLeaf | None, levels: _int8.Levels) -> RealLeaf:
+    """What mu in int8 counts in: the square root of the stored nu, or of the nu of a code."""
+    return sqrt(nu) if scale is None else _int8.nu_root(nu, scale.astype(nu.dtype), levels.nu)
+
+
+def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None) -> Leaf:
     """Rounds to nearest, and to bfloat16 at random."""
     # A moment that moves by less than half an ulp a step would, to nearest, never move.
-    if dtype != jnp.bfloat16:
+    if dtype != jnp.bfloat16 or words is None:
         return x.astype(dtype)
     rounded, _ = split(x.astype(jnp.float32), dtype, kept=0, bits=words)
     # The cast changes nothing but makes XLA on CPU keep the result, which it would otherwise
     # compute again for the step, with a copy of the old moment.
     return join(rounded).astype(dtype)
-
-
-def _uniform(words: Words, like: RealLeaf) -> RealLeaf:
-    return uniform(words).astype(like.dtype)
