@@ -2,15 +2,15 @@
 
 nu counts in powers of a row's scale s, mu in units of the square root q of the nu stored with it:
 
-    nu = s (c / n)^8                     c = 1 ... n, and c = 0 for nu = 0 alone
-    mu = q c / (2n + 1 - 2 |c|)          c = -n ... n
+    nu = s (c / n)^12                    c = 1 ... n, and c = 0 for nu = 0 alone
+    mu = q 24 c / (32 n - 29 |c|)        c = -n ... n
 
-where n says how fine the codes are. The eighth power reaches from s down to n^-8 s, which is
-2^-64 s for n = 255. Codes of mu lie q / (2n + 1) apart around 0, where a step has most of its
-values, and ever wider outwards: the largest are +-n q, and no gradients take |m| beyond
-(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) sqrt(v), 7.27 with the defaults (by Cauchy-Schwarz).
-Every number between two neighbouring codes becomes one of them at random, such that its mean
-over the thresholds is the number itself.
+where n says how fine the codes are. The twelfth power reaches from s down to n^-12 s, which is
+2^-96 s for n = 255. Codes of mu lie 3/4 q / n apart around 0, where a step has most of its values,
+and ever wider outwards, up to +-8 q: no gradients take |m| beyond
+(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) sqrt(v), 7.27 with the defaults (by Cauchy-Schwarz), and
+where a b2 still closer to 1 allows more, it is cut off. Every number between two neighbouring codes
+becomes one of them at random, such that its mean over the thresholds is the number itself.
 
 All arithmetic is elementwise, in the floating dtype of the moments; codes travel as numbers of
 that dtype or as int32. The scale has one element for each row: what is taken of it is cheap.
@@ -57,7 +57,7 @@ def split(mu_byte: Codes, nu_byte: Codes) -> tuple[Codes, Codes]:
 
 def decode_nu(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
     """The value of nu of a code."""
-    return _eighth_power(code * (1 / n)) * scale
+    return jax.lax.square(_sixth_power(code * (1 / n))) * scale
 
 
 def nu_root(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
@@ -65,40 +65,37 @@ def nu_root(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
 
     Never 0, like `_moments.sqrt`.
     """
-    root = _fourth_power(code * (1 / n)) * jnp.sqrt(scale)
+    root = _sixth_power(code * (1 / n)) * jnp.sqrt(scale)
     return jnp.maximum(root, sqrt(jnp.zeros_like(scale)))
 
 
 def encode_nu(nu: RealLeaf, scale: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
     """The code of nu, which is at most `scale`; `threshold` is uniform in [0, 1)."""
     z = nu * (1 / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
-    root = jnp.sqrt(jnp.sqrt(jnp.sqrt(z)))
+    root = jnp.exp2(jnp.log2(z) * (1 / 12))
     # Code 0 is for 0 alone: a divisor that may round to 0 would make steps without bound.
     low = jnp.clip(jnp.floor(n * root), 1, n - 1)
-    a, b = _eighth_power(low * (1 / n)), _eighth_power((low + 1) * (1 / n))
+    a, b = (jax.lax.square(_sixth_power(code * (1 / n))) for code in (low, low + 1))
     up = z - a > threshold * (b - a)
     return jnp.where(nu > 0, jnp.where(up, low + 1, low), 0)
 
 
 def decode_mu(code: RealLeaf, root: RealLeaf, n: int) -> RealLeaf:
     """The value of mu of a code, where the square root of the stored nu is `root`."""
-    return code / (2 * n + 1 - 2 * jnp.abs(code)) * root
+    return 24 * code / (32 * n - 29 * jnp.abs(code)) * root
 
 
 def encode_mu(mu: RealLeaf, root: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
-    """The code of mu, which counts as at most n root in magnitude."""
+    """The code of mu, which counts as at most 8 root in magnitude."""
     x = jnp.abs(mu)
-    low = jnp.clip(jnp.floor((2 * n + 1) * (x / (root + 2 * x))), 0, n - 1)
+    low = jnp.clip(jnp.floor(32 * n * (x / (24 * root + 29 * x))), 0, n - 1)
     # (x - a) > threshold (b - a), with a and b the neighbours' values, multiplied by both of
     # their denominators.
-    below = 2 * n + 1 - 2 * low
-    up = (below - 2) * (x * below - low * root) > threshold * root * (2 * n + 1)
+    below = 32 * n - 29 * low
+    up = (below - 29) * (x * below - 24 * low * root) > threshold * root * (24 * 32 * n)
     return jnp.sign(mu) * jnp.where(up, low + 1, low)
 
 
-def _fourth_power(x: RealLeaf) -> RealLeaf:
-    return jax.lax.square(jax.lax.square(x))
-
-
-def _eighth_power(x: RealLeaf) -> RealLeaf:
-    return jax.lax.square(_fourth_power(x))
+def _sixth_power(x: RealLeaf) -> RealLeaf:
+    x2 = jax.lax.square(x)
+    return jax.lax.square(x2) * x2

@@ -141,8 +141,8 @@ def gradients(key: jax.Array, shape: Shape, steps: int) -> list[Gradients]:
 
 def norm(x: jax.Array) -> jax.Array:
     """The Euclidean norm, finite where the sum of squares would not be."""
-    limits = jnp.finfo(x.dtype)
-    largest = jnp.clip(jnp.max(jnp.abs(x)), limits.tiny, limits.max)
+    largest = jnp.max(jnp.abs(x))
+    largest = jnp.where(largest > 0, jnp.minimum(largest, jnp.finfo(x.dtype).max), 1)
     return largest * jnp.sqrt(jnp.sum(jnp.square(x / largest)))
 
 

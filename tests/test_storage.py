@@ -70,14 +70,14 @@ def test_nu_is_unbiased_never_clipped_and_never_zero(levels, ratio, scale):
     if nu < np.finfo(np.float32).tiny:  # a subnormal number may count as 0
         return
     assert np.all(codes >= 1)
-    values = (np.float64(codes) / n) ** 8 * scale
-    smallest = np.float64(n) ** -8 * scale
+    values = (np.float64(codes) / n) ** 12 * scale
+    smallest = np.float64(n) ** -12 * scale
     if nu <= smallest:
         assert np.all(codes == 1)
         return
     # The two values around nu, as often as it takes for their mean to be nu.
     assert np.ptp(codes) <= 1
-    gap = ((codes.max() + 1) ** 8.0 - codes.max() ** 8.0) * smallest
+    gap = ((codes.max() + 1) ** 12.0 - codes.max() ** 12.0) * smallest
     np.testing.assert_allclose(values.mean(), nu, rtol=2e-5, atol=gap / THRESHOLDS)
     assert values.min() <= nu * (1 + 2e-5)
     assert values.max() >= nu * (1 - 2e-5)
@@ -85,20 +85,20 @@ def test_nu_is_unbiased_never_clipped_and_never_zero(levels, ratio, scale):
 
 @each_levels
 @settings(deadline=None, max_examples=300)
-@given(ratio=st.floats(-200, 200, width=32), root=st.floats(2.0**-60, 2.0**60, width=32))
+@given(ratio=st.floats(-10, 10, width=32), root=st.floats(2.0**-60, 2.0**60, width=32))
 def test_mu_is_unbiased_and_bounded(levels, ratio, root):
     n = levels.mu
     root = np.float32(root)
     mu = np.float32(ratio) * root
     codes = np.asarray(codes_of_mu(mu, root, n))
     assert np.all((np.abs(codes) <= n) & (codes == np.round(codes)))
-    values = np.float64(codes) / (2 * n + 1 - 2 * np.abs(codes)) * root
-    if abs(mu) >= n * root:  # no gradients lead there with the default betas
+    values = 24 * np.float64(codes) / (32 * n - 29 * np.abs(codes)) * root
+    if abs(mu) >= 8 * root:  # no gradients lead there with the default betas
         assert np.all(codes == np.sign(mu) * n)
         return
     assert np.ptp(codes) <= 1
     low = np.abs(codes).min()
-    gap = ((low + 1) / (2 * n - 1 - 2 * low) - low / (2 * n + 1 - 2 * low)) * root
+    gap = 24 * ((low + 1) / (32 * n - 29 * (low + 1)) - low / (32 * n - 29 * low)) * root
     np.testing.assert_allclose(values.mean(), mu, rtol=3e-6, atol=gap / THRESHOLDS + 1e-6 * root)
     assert np.all(values * np.sign(mu) >= 0)
 
@@ -181,9 +181,7 @@ def test_invariants_on_hard_gradients(model, formats):
     (state, state32), seen = scan(gradients)
     for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest v"):
         assert seen[name].all(), name
-    # 7.27 by Cauchy-Schwarz; the next code above it is 7.4 with 7 bits, and nu may have been
-    # rounded down under it.
-    assert seen["|m| / sqrt(v)"].max() < 2 * 7.4
+    assert seen["|m| / sqrt(v)"].max() < 2 * 8.01  # where mu is not in units of nu, nu is lower
     # A step follows from moments that each were at most one code away from the float32 ones.
     assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
     if model != "stopping":
