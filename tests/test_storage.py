@@ -181,7 +181,9 @@ def test_invariants_on_hard_gradients(model, formats):
     (state, state32), seen = scan(gradients)
     for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest v"):
         assert seen[name].all(), name
-    assert seen["|m| / sqrt(v)"].max() < 2 * 8.01  # where mu is not in units of nu, nu is lower
+    if formats[0] == "int8":
+        assert seen["|m| / sqrt(v)"].max() < 8.001
+        assert seen["largest step"].max() < 8.001
     # A step follows from moments that each were at most one code away from the float32 ones.
     assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
     if model != "stopping":
