@@ -70,7 +70,7 @@ def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
     ]
     leaves = []
     for i, stored in enumerate(zip(*columns, strict=True)):
-        numbers = _storage.load(stored, jnp.float32)
+        numbers = _storage.load(stored, jnp.float32, count)
         like = cast(Stored, tuple(map(_storage.zeros, moments.values(), numbers)))
         scale = None
         if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:

@@ -1,12 +1,13 @@
 """Moments in 8 bits: how their codes are spaced, and which of two neighbours is stored.
 
-nu counts in powers of a row's scale s, mu in units of the square root q of the nu stored with it:
+nu counts in powers of a row's scale s, and mu, after step t, in units q of the nu stored with it:
 
     nu = s (c / n)^12                    c = 1 ... n, and c = 0 for nu = 0 alone
-    mu = q 24 c / (32 n - 29 |c|)        c = -n ... n
+    mu = q 8 c / (16 n - 15 |c|)        c = -n ... n
+    q = sqrt(nu) (1 - 0.9^t) / sqrt(1 - 0.999^t)
 
 where n says how fine the codes are. The twelfth power reaches from s down to n^-12 s, which is
-2^-96 s for n = 255. Codes of mu lie 3/4 q / n apart around 0, where a step has most of its values,
+2^-96 s for n = 255. Codes of mu lie q / 2n apart around 0, where a step has most of its values,
 and ever wider outwards, up to +-8 q: no gradients take |m| beyond
 (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) sqrt(v), 7.27 with the defaults (by Cauchy-Schwarz), and
 where a b2 still closer to 1 allows more, it is cut off. Every number between two neighbouring codes
@@ -16,13 +17,15 @@ All arithmetic is elementwise, in the floating dtype of the moments; codes trave
 that dtype or as int32. The scale has one element for each row: what is taken of it is cheap.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adam_jax._moments import sqrt
-from adam_jax._types import Codes, RealLeaf
+from adam_jax._types import Codes, RealLeaf, Word
 
 
 class Levels(NamedTuple):
@@ -80,19 +83,30 @@ def encode_nu(nu: RealLeaf, scale: RealLeaf, threshold: RealLeaf, n: int) -> Rea
     return jnp.where(nu > 0, jnp.where(up, low + 1, low), 0)
 
 
-def decode_mu(code: RealLeaf, root: RealLeaf, n: int) -> RealLeaf:
-    """The value of mu of a code, where the square root of the stored nu is `root`."""
-    return 24 * code / (32 * n - 29 * jnp.abs(code)) * root
+def head_start(step: Word, dtype: DTypeLike) -> RealLeaf:
+    """How far m runs ahead of sqrt(v) in the first steps: 3.2, 6.5, 1.
+
+    That is q / sqrt(nu), the ratio of their bias corrections with the default betas. Constant
+    gradients have mu = q from the first step on, where codes are close. With other betas it is
+    not that ratio, but a unit all the same.
+    """
+    t = jnp.maximum(step, 1).astype(dtype)
+    return -jnp.expm1(t * math.log(0.9)) / jnp.sqrt(-jnp.expm1(t * math.log(0.999)))
 
 
-def encode_mu(mu: RealLeaf, root: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
-    """The code of mu, which counts as at most 8 root in magnitude."""
+def decode_mu(code: RealLeaf, q: RealLeaf, n: int) -> RealLeaf:
+    """The value of mu of a code that counts in units of q."""
+    return 8 * code / (16 * n - 15 * jnp.abs(code)) * q
+
+
+def encode_mu(mu: RealLeaf, q: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
+    """The code of mu in units of q; mu counts as at most 8 q in magnitude."""
     x = jnp.abs(mu)
-    low = jnp.clip(jnp.floor(32 * n * (x / (24 * root + 29 * x))), 0, n - 1)
+    low = jnp.clip(jnp.floor(16 * n * (x / (8 * q + 15 * x))), 0, n - 1)
     # (x - a) > threshold (b - a), with a and b the neighbours' values, multiplied by both of
     # their denominators.
-    below = 32 * n - 29 * low
-    up = (below - 29) * (x * below - 24 * low * root) > threshold * root * (24 * 32 * n)
+    below = 16 * n - 15 * low
+    up = (below - 15) * (x * below - 8 * low * q) > threshold * q * (8 * 16 * n)
     return jnp.sign(mu) * jnp.where(up, low + 1, low)
 
 

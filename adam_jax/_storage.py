@@ -157,8 +157,11 @@ def scale_of(stored: Stored, dtype: DTypeLike) -> RealLeaf | None:
     return None if scale is None else scale.astype(dtype)
 
 
-def load(stored: Stored, dtype: DTypeLike) -> Moments:
-    """One leaf's moments, mu, nu and perhaps another, in the arithmetic's real dtype."""
+def load(stored: Stored, dtype: DTypeLike, step: Word) -> Moments:
+    """One leaf's moments, mu, nu and perhaps another, in the arithmetic's real dtype.
+
+    `step` is the count with which they were encoded.
+    """
     mu, nu, *others = stored
     codes, scale = _parts(nu)
     levels = _levels(mu, codes)
@@ -166,7 +169,7 @@ def load(stored: Stored, dtype: DTypeLike) -> Moments:
         mu, codes = _int8.split(mu, codes)
     m, v = _widen(mu, dtype), _widen(codes, dtype)
     if levels.mu:
-        m = _int8.decode_mu(m, _mu_unit(v, scale, levels), levels.mu)
+        m = _int8.decode_mu(m, _mu_unit(v, scale, step, levels), levels.mu)
     if scale is not None:
         v = _int8.decode_nu(v, scale.astype(dtype), levels.nu)
     return (m, v, *(_widen(x, dtype) for x in others))
@@ -187,9 +190,9 @@ def encode(moments: Moments, like: Stored, scale: RealLeaf | None, draw: Draw | 
         codes = _int8.encode_nu(v, scale, uniform(nu_words).astype(v.dtype), levels.nu)
     else:
         codes = _rounded(v, codes_like.dtype, nu_words)
-    if levels.mu and mu_words is not None:
+    if levels.mu and draw is not None and mu_words is not None:
         # In units of nu as it will be read: rounding nu must not change mu.
-        q = _mu_unit(codes.astype(v.dtype), scale, levels)
+        q = _mu_unit(codes.astype(v.dtype), scale, draw.step, levels)
         mu = _int8.encode_mu(mu, q, uniform(mu_words).astype(v.dtype), levels.mu)
     else:
         mu = _rounded(mu, mu_like.dtype, mu_words)
@@ -261,9 +264,10 @@ def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(arithmetic_dtype(x.dtype, dtype))
 
 
-def _mu_unit(nu: RealLeaf, scale: RealLeaf | None, levels: _int8.Levels) -> RealLeaf:
-    """What mu in int8 counts in: the square root of the stored nu, or of the nu of a code."""
-    return sqrt(nu) if scale is None else _int8.nu_root(nu, scale.astype(nu.dtype), levels.nu)
+def _mu_unit(nu: RealLeaf, scale: RealLeaf | None, step: Word, levels: _int8.Levels) -> RealLeaf:
+    """What mu in int8 counts in, given the stored nu, or the code of a nu with a scale."""
+    root = sqrt(nu) if scale is None else _int8.nu_root(nu, scale.astype(nu.dtype), levels.nu)
+    return root * _int8.head_start(step, nu.dtype)
 
 
 def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None) -> Leaf:

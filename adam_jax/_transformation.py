@@ -230,6 +230,7 @@ def _leaf_step(
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
         s = scalars.unpack(real)
+        step = draw.step if draw else np.int32(0)
         scale = _storage.scale_of(stored, real)
         if scale is not None:
             # The same average, of each row's largest gradient: never less than any of its nu, and
@@ -241,7 +242,7 @@ def _leaf_step(
             gradient: Leaf, stored: Stored, scale: RealLeaf | None, draw: Draw | None
         ) -> Any:
             g = saturate(gradient.astype(wide))
-            moments = advance(g, _storage.load(stored, real), s)
+            moments = advance(g, _storage.load(stored, real, step - 1), s)
             return _storage.encode(moments, stored, scale, draw)
 
         inputs = gradient, stored, scale, draw
@@ -252,7 +253,7 @@ def _leaf_step(
         stored = _storage.unpack(new, *inputs[1:3])
         # From the moments as they are stored, so that a step needs no others.
         g = saturate(gradient.astype(wide))
-        update = direction(g, _storage.load(stored, real), s)
+        update = direction(g, _storage.load(stored, real, step), s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:

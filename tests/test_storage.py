@@ -92,13 +92,13 @@ def test_mu_is_unbiased_and_bounded(levels, ratio, root):
     mu = np.float32(ratio) * root
     codes = np.asarray(codes_of_mu(mu, root, n))
     assert np.all((np.abs(codes) <= n) & (codes == np.round(codes)))
-    values = 24 * np.float64(codes) / (32 * n - 29 * np.abs(codes)) * root
+    values = 8 * np.float64(codes) / (16 * n - 15 * np.abs(codes)) * root
     if abs(mu) >= 8 * root:  # no gradients lead there with the default betas
         assert np.all(codes == np.sign(mu) * n)
         return
     assert np.ptp(codes) <= 1
     low = np.abs(codes).min()
-    gap = 24 * ((low + 1) / (32 * n - 29 * (low + 1)) - low / (32 * n - 29 * low)) * root
+    gap = 8 * ((low + 1) / (16 * n - 15 * (low + 1)) - low / (16 * n - 15 * low)) * root
     np.testing.assert_allclose(values.mean(), mu, rtol=3e-6, atol=gap / THRESHOLDS + 1e-6 * root)
     assert np.all(values * np.sign(mu) >= 0)
 
@@ -171,7 +171,6 @@ def test_invariants_on_hard_gradients(model, formats):
                 "scale >= largest v": jnp.all(scale >= 0.5 * state32.nu),
                 "largest step": jnp.abs(u).max(),
                 "float32's largest step": jnp.abs(v).max(),
-                "|m| / sqrt(v)": jnp.max(jnp.abs(stored.mu) / jnp.sqrt(stored.nu + 1e-37)),
             }
             return (state, state32), seen
 
@@ -182,7 +181,6 @@ def test_invariants_on_hard_gradients(model, formats):
     for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest v"):
         assert seen[name].all(), name
     if formats[0] == "int8":
-        assert seen["|m| / sqrt(v)"].max() < 8.001
         assert seen["largest step"].max() < 8.001
     # A step follows from moments that each were at most one code away from the float32 ones.
     assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
