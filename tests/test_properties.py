@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 from optimizers import ROWS
 
 import adam_jax
+from adam_jax import _storage
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+# Where an element rounds at random, it is its place that says which random numbers it gets.
+each_exact_row = pytest.mark.parametrize(
+    "row", [row for row in ROWS if not row.storage_error], ids=lambda row: row.name
+)
 some_examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 STEPS, WIDTH = 12, 4
@@ -29,6 +34,14 @@ moderate_gradients = hnp.arrays(
     np.float32, (STEPS, WIDTH), elements=st.floats(-100, 100, width=32, allow_subnormal=False)
 ).map(lambda g: np.where(np.abs(g) < 1e-3, np.float32(0), g))
 decays = st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.99, 0.999])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_leaves_in_int8():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_storage, "SMALLEST_INT8_LEAF", 1)
+        patch.setattr(_storage, "SHORTEST_INT8_ROW", 1)
+        yield
 
 
 @functools.cache
@@ -71,7 +84,7 @@ def test_rescaling_by_a_power_of_two(row, gradients, exponent, b1):
     np.testing.assert_array_equal(updates, rescaled)
 
 
-@each_row
+@each_exact_row
 @given(moderate_gradients, st.permutations(range(WIDTH)))
 @some_examples
 def test_coordinates_do_not_see_each_other(row, gradients, order):
@@ -80,7 +93,7 @@ def test_coordinates_do_not_see_each_other(row, gradients, order):
     np.testing.assert_array_equal(updates[:, order], permuted)
 
 
-@each_row
+@each_exact_row
 @given(hnp.arrays(np.float32, (STEPS, 3, WIDTH), elements=st.floats(-9, 9, width=32)))
 @some_examples
 def test_leaves_do_not_see_each_other(row, gradients):
