@@ -69,8 +69,8 @@ def split(
 ) -> tuple[RealLeaf, Remainder]:
     """A float32 as the nearest bfloat16 or float16, and `kept` bits of what is missing to it.
 
-    The remainder counts 2^-kept parts of the ulp, away from zero, in [-2^(kept-1), 2^(kept-1)),
-    as int32: 16 bits hold a float32 exactly beside bfloat16, and from 2^-17 on beside float16.
+    The remainder counts 2^-kept parts of the ulp, away from zero (beside a zero, upwards), in
+    [-2^(kept-1), 2^(kept-1)), as int32: 16 bits hold a float32 exactly beside bfloat16, and from 2^-17 on beside float16.
     What the word loses is rounded at random, right on average over bits, or to nearest without
     them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
 
@@ -89,6 +89,8 @@ def split(
     nearest = (word + np.uint32(0x8000)) >> np.uint32(16)
     remainder = jax.lax.bitcast_convert_type(word - (nearest << np.uint32(16)), jnp.int32)
     sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & _SIGN
+    # Adding cannot turn 0 into -0, so beside a zero it is the remainder that has the sign.
+    remainder = jnp.where((nearest == 0) & (sign != 0), -remainder, remainder)
     low = ((sign >> np.uint32(16)) | nearest).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(low, dtype), remainder >> np.int32(16 - kept)
 
@@ -98,6 +100,9 @@ def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLe
     upper = jax.lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
     lower = jnp.asarray(remainder, jnp.int32) << np.int32(16 - kept)
     word = upper + jax.lax.bitcast_convert_type(lower, jnp.uint32)
+    signed = jax.lax.bitcast_convert_type(jnp.abs(lower), jnp.uint32)
+    signed = jnp.where(lower < 0, signed | _SIGN, signed)
+    word = jnp.where((upper & ~_SIGN == 0) & (lower != 0), signed, word)
     if low.dtype == jnp.bfloat16:
         return jax.lax.bitcast_convert_type(word, jnp.float32)
     magnitude = word & ~_SIGN
