@@ -70,9 +70,9 @@ def split(
     """A float32 as the nearest bfloat16 or float16, and `kept` bits of what is missing to it.
 
     The remainder counts 2^-kept parts of the ulp, away from zero (beside a zero, upwards), in
-    [-2^(kept-1), 2^(kept-1)), as int32: 16 bits hold a float32 exactly beside bfloat16, and from 2^-17 on beside float16.
-    What the word loses is rounded at random, right on average over bits, or to nearest without
-    them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
+    [-2^(kept-1), 2^(kept-1)), as int32: 16 bits hold a float32 exactly beside bfloat16, and from
+    2^-17 on beside float16. What the word loses is rounded at random, right on average over bits,
+    or to nearest without them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
 
     Infinity and NaN stay what they are, with remainder 0. A finite x beyond the largest finite
     number of the dtype and its largest remainder becomes that.
