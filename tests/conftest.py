@@ -1,3 +1,4 @@
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -5,6 +6,10 @@ from jaxtyping import install_import_hook
 # Array shapes and dtypes in the annotations are checked at run time, in tests only.
 with install_import_hook("adam_jax._moments", "beartype.beartype"):
     import adam_jax  # noqa: F401
+
+# The same examples in every run: what fails here fails everywhere, and a run says what it tried.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
