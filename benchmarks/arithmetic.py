@@ -38,8 +38,7 @@ def count(setting: Setting, target: str) -> collections.Counter[str]:
     """The number of operations of each kind, apart for floating-point numbers and integers."""
     leaf = jax.ShapeDtypeStruct(SHAPE, setting.dtype)
     state = jax.eval_shape(setting.init, [leaf])
-    step = jax.jit(setting.step, donate_argnums=(0, 1))
-    text = compile_for(target, step, [leaf], state, [leaf]).as_text()
+    text = compile_for(target, setting.jitted(), [leaf], state, [leaf]).as_text()
     counts: collections.Counter[str] = collections.Counter()
     for dtype, shape, operation in INSTRUCTION.findall(text):
         if shape != ",".join(map(str, SHAPE)):

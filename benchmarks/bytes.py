@@ -34,8 +34,7 @@ def account(setting: Setting, shapes: Shapes, target: str) -> dict[str, float]:
     """The table's numbers for one setting."""
     params = [jax.ShapeDtypeStruct(shape, setting.dtype) for shape in shapes]
     state = jax.eval_shape(setting.init, params)
-    step = jax.jit(setting.step, donate_argnums=(0, 1))
-    memory = compile_for(target, step, params, state, params).memory_analysis()
+    memory = compile_for(target, setting.jitted(), params, state, params).memory_analysis()
     assert memory is not None, "this backend does not count memory"
     counts = {
         "weight": size(params),

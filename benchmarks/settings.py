@@ -36,6 +36,10 @@ class Setting(NamedTuple):
     step: Callable[[Any, Any, Any], Any]  # (params, state, gradients) -> new params and state
     dtype: type
 
+    def jitted(self) -> Any:
+        """The step, compiled; parameters and state are updated in place."""
+        return jax.jit(self.step, donate_argnums=(0, 1))
+
 
 def settings() -> dict[str, Setting]:
     """All settings by name."""

@@ -11,7 +11,6 @@ their ratios: absolute times mean little on another machine.
 # pyright: basic
 
 import argparse
-import functools
 import gc
 import importlib.util
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from settings import RATE, Setting, Shapes, gpt2, settings
+from settings import RATE, Setting, Shapes, gpt2, settings, with_optax
 from tqdm import tqdm
 
 import adam_jax
@@ -60,34 +59,9 @@ def normal(shapes: Shapes, seed: int) -> list[jax.Array]:
     return [draw(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def jitted(optimizer: optax.GradientTransformation) -> Any:
-    """A training step without the gradient: parameters and state are updated in place."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def jitted_step(optimizer: optax.GradientTransformation, shapes: Shapes) -> Callable[[], None]:
-    """One donated step on arrays of its own, as a function to be timed."""
-    step = jitted(optimizer)
-    gradients = normal(shapes, seed=1)
-    params = normal(shapes, seed=0)
-    carry = params, optimizer.init(params)
-
-    def run() -> None:
-        nonlocal carry
-        carry = jax.block_until_ready(step(*carry, gradients))
-
-    return run
-
-
-def format_step(setting: Setting, shapes: Shapes) -> Callable[[], None]:
+def jitted_step(setting: Setting, shapes: Shapes) -> Callable[[], None]:
     """One donated step of a setting, on arrays of its own."""
-    step = jax.jit(setting.step, donate_argnums=(0, 1))
+    step = setting.jitted()
     params, gradients = (
         [leaf.astype(setting.dtype) for leaf in normal(shapes, seed)] for seed in (0, 1)
     )
@@ -164,7 +138,7 @@ def stages(optimizer: optax.GradientTransformation, shapes: Shapes) -> dict[str,
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(optimizer.init, params)
     start = time.perf_counter()
-    traced = jitted(optimizer).trace(params, state, params)
+    traced = with_optax(optimizer, jnp.float32).jitted().trace(params, state, params)
     traced_at = time.perf_counter()
     lowered = traced.lower()
     lowered_at = time.perf_counter()
@@ -277,7 +251,10 @@ def main() -> None:
 
     rows = []
     for case, shapes in trees.items():
-        runs = {name: jitted_step(optimizer, shapes) for name, optimizer in optimizers.items()}
+        runs = {
+            name: jitted_step(with_optax(optimizer, jnp.float32), shapes)
+            for name, optimizer in optimizers.items()
+        }
         if has_torch():
             runs[TORCH] = torch_step(shapes)
         rows.append(row(f"step: {case}", in_turns(runs, options.rounds, seconds, progress)))
@@ -305,7 +282,7 @@ def main() -> None:
     format_table = []
     for case, shapes in format_trees.items():
         timed = {name: setting for name, setting in settings().items() if name in TIMED}
-        runs = {name: format_step(setting, shapes) for name, setting in timed.items()}
+        runs = {name: jitted_step(setting, shapes) for name, setting in timed.items()}
         format_table += format_rows(case, in_turns(runs, few, seconds, progress))
         del runs
     progress.close()
