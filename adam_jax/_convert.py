@@ -75,7 +75,7 @@ def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
         scale = None
         if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:
             scale = jnp.max(numbers[1], axis=-1, keepdims=True)
-        encoded = _storage.encode(numbers, like, scale, Draw(np.uint32(i), count))
+        encoded, _ = _storage.encode(numbers, like, scale, Draw(np.uint32(i), count))
         leaves.append(_storage.unpack(encoded, like, scale))
     trees = {
         name: _storage.to_tree([leaf[k] for leaf in leaves], treedef.unflatten, moment)

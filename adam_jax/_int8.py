@@ -1,20 +1,28 @@
 """Moments in 8 bits: how their codes are spaced, and which of two neighbours is stored.
 
-nu counts in powers of a row's scale s, and mu, after step t, in units q of the nu stored with it:
+Codes are what a few integer operations make of the pattern of a float32. As an integer, a pattern
+is a logarithm to base 2 that is linear between powers of two; so a tenth of it is nearly a tenth
+root, and its negative nearly a reciprocal:
 
-    nu = s (c / n)^12                    c = 1 ... n, and c = 0 for nu = 0 alone
-    mu = q 8 c / (16 n - 15 |c|)        c = -n ... n
-    q = sqrt(nu) (1 - 0.9^t) / sqrt(1 - 0.999^t)
+    pattern(root(z)) = pattern(1) - (pattern(1) - pattern(z)) / 10
+    pattern(reciprocal(w)) = 2 pattern(1) - pattern(w)
 
-where n says how fine the codes are. The twelfth power reaches from s down to n^-12 s, which is
-2^-96 s for n = 255. Codes of mu lie q / 2n apart around 0, where a step has most of its values,
-and ever wider outwards, up to +-8 q: no gradients take |m| beyond
-(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) sqrt(v), 7.27 with the defaults (by Cauchy-Schwarz), and
-where a b2 still closer to 1 allows more, it is cut off. Every number between two neighbouring codes
-becomes one of them at random, such that its mean over the thresholds is the number itself.
+Both are monotone, can be inverted exactly, and are linear between the numbers that have codes. So
+what becomes one of the two codes around it at random, with the probabilities that are right on
+average for codes, is right on average itself. nu counts in its row's scale s, and mu, after step
+t, in q, which is made of the nu stored with it:
 
-All arithmetic is elementwise, in the floating dtype of the moments; codes travel as numbers of
-that dtype or as int32. The scale has one element for each row: what is taken of it is cheap.
+    root(nu / s) = (c + 1) / n                       c = 0 ... n - 1
+    reciprocal(4 |mu| / q + 1) = 1 - c / n           c = 0 ... 61/64 n, and a sign
+    q = 3/2 h(t) sqrt(nu), or up to 6% more          h(t) = (1 - 0.9^t) / sqrt(1 - 0.999^t)
+
+where n says how fine the codes are. For n = 480, codes of nu are 1/48 to 1/24 of it apart down to
+s / 2^10, twice as far down to s / 2^20, and so on; the smallest is s / 2^89. Those of mu are q / 2n
+apart up to q / 4, four times as far up to 3/4 q, and so on up to 5.75 q, or 8.6 h(t) sqrt(nu): no
+gradients take |m| beyond (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) sqrt(v), 7.27 sqrt(v) with the
+defaults (by Cauchy-Schwarz), and where a b2 still closer to 1 allows more, it is cut off.
+
+Codes are int32, and arithmetic on them is float32, whatever the moments' dtype.
 """
 
 import math
@@ -22,23 +30,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 
 from adam_jax._moments import sqrt
-from adam_jax._types import Codes, RealLeaf, Word
+from adam_jax._types import Codes, RealLeaf, Word, Words
 
 
 class Levels(NamedTuple):
-    """How many codes above 0 each moment has."""
+    """How many codes each moment has, mu's sign aside."""
 
-    mu: int
-    nu: int
+    mu: int  # a power of two
+    nu: int  # 15 times one: what is linear between powers of two of nu begins and ends on a code
 
 
-ALONE = Levels(mu=2**7 - 1, nu=2**8 - 1)
+ALONE = Levels(mu=2**7, nu=15 * 2**4)
 # nu forgets slowly, and what is rounded adds up over 1 / (1 - b2) steps; mu is soon renewed. When
 # both are stored in 8 bits, mu is worth more to the step with 7 of the 16, and nu with 9.
-SHARED = Levels(mu=2**6 - 1, nu=2**9 - 1)
+SHARED = Levels(mu=2**6, nu=15 * 2**5)
+
+_ROOT = 10
+_ONE = 0x3F800000  # the pattern of 1
+_LOW = 0x3B000000  # of 2^-9, less than any root
+_WHOLE = np.float32(1.5 * 2**23)
 
 
 def join(mu_code: Codes, nu_code: Codes) -> Codes:
@@ -47,69 +60,82 @@ def join(mu_code: Codes, nu_code: Codes) -> Codes:
 
 
 def bytes_of(word: Codes) -> tuple[Codes, Codes]:
-    """The int8 and the uint8 in which a joint word is stored: nu's lowest bit is with mu."""
-    mu_byte = word >> 8 & ~1 | word & 1
-    return mu_byte.astype(jnp.int8), (word >> 1 & 0xFF).astype(jnp.uint8)
+    """The int8 and the uint8 in which a joint word is stored: nu's highest bit is with mu."""
+    return (word >> 8).astype(jnp.int8), word.astype(jnp.uint8)
 
 
 def split(mu_byte: Codes, nu_byte: Codes) -> tuple[Codes, Codes]:
-    """The codes of mu and nu, as int32, in the two bytes."""
-    mu_byte, nu_byte = mu_byte.astype(jnp.int32), nu_byte.astype(jnp.int32)
-    return mu_byte >> 1, 2 * nu_byte + (mu_byte & 1)
+    """The codes of mu and nu in the two bytes."""
+    word = mu_byte.astype(jnp.int32) << 8 | nu_byte.astype(jnp.int32)
+    return word >> 9, word & 0x1FF
 
 
-def decode_nu(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
-    """The value of nu of a code."""
-    return jax.lax.square(_sixth_power(code * (1 / n))) * scale
+def decode_nu(code: Codes, n: int) -> RealLeaf:
+    """The nu / s of a code."""
+    return _from_root((code.astype(jnp.float32) + 1) * (1 / n))
 
 
-def nu_root(code: RealLeaf, scale: RealLeaf, n: int) -> RealLeaf:
-    """The square root of nu of a code, taken once for each row and not for each element.
+def encode_nu(z: RealLeaf, noise: RealLeaf, n: int) -> tuple[Codes, RealLeaf]:
+    """The code of nu = z s, z in [0, 1], and the z of the code; `noise` is in [-1/2, 1/2)."""
+    # What is added gives 0 a code. At the other end there is room for a z that is an ulp above 1.
+    z = z.astype(jnp.float32) + np.float32(n**-_ROOT)
+    lowest = np.uint32(_ONE - _ROOT * (_ONE - _LOW))
+    root = _number(jax.lax.div(_pattern(z) - lowest, np.uint32(_ROOT)) + np.uint32(_LOW))
+    code = _rounded(root * n + noise) - 1
+    return code, decode_nu(code, n)
 
-    Never 0, like `_moments.sqrt`.
+
+def unit_of_mu(z: RealLeaf, unit: RealLeaf, step: Word) -> RealLeaf:
+    """The q of a step, in the dtype of `unit`, given the stored nu = z units.
+
+    h is by how much m runs ahead of sqrt(v) in the first steps: 3.2 at the first, then 6.5, in
+    the end 1. It is the ratio of their bias corrections with the default betas. With other betas
+    it is not, but q is a unit all the same.
     """
-    root = _sixth_power(code * (1 / n)) * jnp.sqrt(scale)
-    return jnp.maximum(root, sqrt(jnp.zeros_like(scale)))
+    rough_root = _number((_pattern(z) >> 1) + np.uint32(_ONE // 2))  # 1 to 1.061 times sqrt(z)
+    t = jnp.maximum(step, 1).astype(unit.dtype)
+    h = -jnp.expm1(t * math.log(0.9)) / jnp.sqrt(-jnp.expm1(t * math.log(0.999)))
+    return rough_root.astype(unit.dtype) * (1.5 * h * sqrt(unit))
 
 
-def encode_nu(nu: RealLeaf, scale: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
-    """The code of nu, which is at most `scale`; `threshold` is uniform in [0, 1)."""
-    z = nu * (1 / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
-    root = jnp.exp2(jnp.log2(z) * (1 / 12))
-    # Code 0 is for 0 alone: a divisor that may round to 0 would make steps without bound.
-    low = jnp.clip(jnp.floor(n * root), 1, n - 1)
-    a, b = (jax.lax.square(_sixth_power(code * (1 / n))) for code in (low, low + 1))
-    up = z - a > threshold * (b - a)
-    return jnp.where(nu > 0, jnp.where(up, low + 1, low), 0)
-
-
-def head_start(step: Word, dtype: DTypeLike) -> RealLeaf:
-    """How far m runs ahead of sqrt(v) in the first steps: 3.2, 6.5, 1.
-
-    That is q / sqrt(nu), the ratio of their bias corrections with the default betas. Constant
-    gradients have mu = q from the first step on, where codes are close. With other betas it is
-    not that ratio, but a unit all the same.
-    """
-    t = jnp.maximum(step, 1).astype(dtype)
-    return -jnp.expm1(t * math.log(0.9)) / jnp.sqrt(-jnp.expm1(t * math.log(0.999)))
-
-
-def decode_mu(code: RealLeaf, q: RealLeaf, n: int) -> RealLeaf:
+def decode_mu(code: Codes, q: RealLeaf, n: int) -> RealLeaf:
     """The value of mu of a code that counts in units of q."""
-    return 8 * code / (16 * n - 15 * jnp.abs(code)) * q
+    y = 1 - (code & (n - 1)).astype(jnp.float32) * (1 / n)
+    return _from_reciprocal(y, code.astype(jnp.uint32), q)
 
 
-def encode_mu(mu: RealLeaf, q: RealLeaf, threshold: RealLeaf, n: int) -> RealLeaf:
-    """The code of mu in units of q; mu counts as at most 8 q in magnitude."""
-    x = jnp.abs(mu)
-    low = jnp.clip(jnp.floor(16 * n * (x / (8 * q + 15 * x))), 0, n - 1)
-    # (x - a) > threshold (b - a), with a and b the neighbours' values, multiplied by both of
-    # their denominators.
-    below = 16 * n - 15 * low
-    up = (below - 15) * (x * below - 8 * low * q) > threshold * q * (8 * 16 * n)
-    return jnp.sign(mu) * jnp.where(up, low + 1, low)
+def encode_mu(mu: RealLeaf, q: RealLeaf, noise: RealLeaf, n: int) -> tuple[Codes, RealLeaf]:
+    """The code of mu in units of q, and its value; mu counts as at most 5.75 q in magnitude."""
+    w = jnp.minimum((jnp.abs(mu) * (1 / q)).astype(jnp.float32) + 0.25, 6)
+    whole = _rounded(_quarter_of_reciprocal(w) * n + noise)
+    sign = _pattern(mu.astype(jnp.float32))
+    value = _from_reciprocal(whole.astype(jnp.float32) * (1 / n), sign, q)
+    return jnp.where(mu < 0, -whole, n - whole), value
 
 
-def _sixth_power(x: RealLeaf) -> RealLeaf:
-    x2 = jax.lax.square(x)
-    return jax.lax.square(x2) * x2
+def _from_root(root: RealLeaf) -> RealLeaf:
+    return _number(_pattern(root) * np.uint32(_ROOT) - np.uint32((_ROOT - 1) * _ONE % 2**32))
+
+
+def _from_reciprocal(y: RealLeaf, sign: Words, q: RealLeaf) -> RealLeaf:
+    x = _pattern(_quarter_of_reciprocal(y) - 0.25) | sign & np.uint32(2**31)
+    return _number(x).astype(q.dtype) * q
+
+
+def _rounded(x: RealLeaf) -> Codes:
+    """The nearest whole number, for |x| < 2^22."""
+    # Near 1.5 2^23, where all numbers are whole, patterns count by ones. A cast costs more: it
+    # has to say what becomes of NaN and of large numbers.
+    return jax.lax.bitcast_convert_type(x + _WHOLE, jnp.int32) - _WHOLE.view(np.int32)
+
+
+def _quarter_of_reciprocal(x: RealLeaf) -> RealLeaf:
+    return _number(np.uint32(2 * _ONE - (2 << 23)) - _pattern(x))
+
+
+def _pattern(x: RealLeaf) -> Words:
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _number(pattern: Words) -> RealLeaf:
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)

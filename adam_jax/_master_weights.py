@@ -210,7 +210,7 @@ def load_master_params(
     stored = bool(jax.tree.leaves(old.remainder))
     remainders = tree.flatten_up_to(old.remainder) if stored else [None] * len(masters)
     pairs = [
-        _split_leaf(jnp.asarray(w, jnp.float32), dtype, None if r is None else r.dtype)
+        _split_leaf(_quiet(jnp.asarray(w, jnp.float32)), dtype, None if r is None else r.dtype)
         if dtype in _LOW
         else (jnp.asarray(w, dtype), r)
         for w, dtype, r in zip(masters, dtypes, remainders, strict=True)
@@ -234,6 +234,11 @@ def _master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
 
 def _widened(gradient: Any, param: Any) -> Any:
     return gradient if gradient is None or not _is_low(param) else jnp.asarray(gradient, np.float32)
+
+
+def _quiet(x: RealLeaf) -> RealLeaf:
+    """The same numbers, with NaN in the pattern that arithmetic gives it."""
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 @jax.jit

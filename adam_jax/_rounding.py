@@ -24,12 +24,12 @@ def random_bits(shape: tuple[int, ...], leaf: int | Word, draw: int | Word = 0) 
     the hash in its middle: added to the index, they would only shift the same sequence.
     """
     with jax.numpy_rank_promotion("allow"):
-        key = _mix(jnp.uint32(leaf) * _GOLDEN ^ _mix(jnp.uint32(draw) + np.uint32(1)))
+        key = _mix(_mix(jnp.uint32(leaf) + np.uint32(1)) ^ jnp.uint32(draw) * _GOLDEN)
         index = jnp.zeros(shape, jnp.uint32)
         for axis, size in enumerate(shape):
             along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             index = index * np.uint32(size % 2**32) + along
-        return _mix(_mix(index) ^ key)
+        return _mix(index ^ key)
 
 
 def _mix(x: Words) -> Words:
@@ -50,9 +50,10 @@ def turned(phase: Words, count: Word) -> Words:
     return phase + count.astype(jnp.uint32) * _GOLDEN
 
 
-def uniform(bits: Words) -> RealLeaf:
-    """Random bits as float32 numbers in [0, 1), multiples of 2^-24."""
-    return (bits >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
+def centred(bits: Words) -> RealLeaf:
+    """Random bits as float32 numbers in [-1/2, 1/2), multiples of 2^-23."""
+    one_to_two = bits >> np.uint32(9) | np.uint32(0x3F800000)
+    return jax.lax.bitcast_convert_type(one_to_two, jnp.float32) - 1.5
 
 
 # A 16-bit float with 16 more bits of fraction is a word of 32: its upper half is the pattern of the
@@ -69,28 +70,32 @@ def split(
 ) -> tuple[RealLeaf, Remainder]:
     """A float32 as the nearest bfloat16 or float16, and `kept` bits of what is missing to it.
 
-    The remainder counts 2^-kept parts of the ulp, away from zero (beside a zero, upwards), in
-    [-2^(kept-1), 2^(kept-1)), as int32: 16 bits hold a float32 exactly beside bfloat16, and from
+    The remainder counts 2^-kept parts of the ulp, away from zero (beside a float16 zero, upwards),
+    in [-2^(kept-1), 2^(kept-1)), as int32: 16 bits hold a float32 exactly beside bfloat16, and from
     2^-17 on beside float16. What the word loses is rounded at random, right on average over bits,
     or to nearest without them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
 
-    Infinity and NaN stay what they are, with remainder 0. A finite x beyond the largest finite
-    number of the dtype and its largest remainder becomes that.
+    Infinity and (quiet) NaN stay what they are, with remainder 0. A finite x beyond the largest
+    finite number of the dtype and its largest remainder becomes that. Beside a bfloat16 zero, that
+    is below 2^-134, x loses its sign.
     """
-    infinity, nan = (np.uint32(np.array(v, dtype).view(np.uint16)) << 16 for v in (np.inf, np.nan))
+    infinity = np.uint32(np.array(np.inf, dtype).view(np.uint16)) << np.uint32(16)
     lost = np.uint32(2 ** (16 - kept) - 1)
     largest = (infinity - np.uint32(0x8001)) & ~lost
     noise = (
         (lost + np.uint32(1)) >> np.uint32(1) if bits is None else (bits >> np.uint32(16)) & lost
     )
-    word = jnp.minimum((_magnitude(x, dtype, bits) + noise) & ~lost, largest)
-    word = jnp.where(jnp.isfinite(x), word, jnp.where(jnp.isnan(x), nan, infinity))
-    # Halves go up, so that the remainder fits: with 16 bits it goes from -32768 to 32767.
+    magnitude = _magnitude(x, dtype, bits)
+    word = jnp.minimum((magnitude + noise) & ~lost, largest)
+    word = jnp.where(jnp.isfinite(x), word, magnitude & np.uint32(0xFFFF0000))
+    # Halves go up, so that the remainder fits: with 16 bits it goes from -32768 to 32767, and is
+    # the word's lower half with its highest bit as the sign.
     nearest = (word + np.uint32(0x8000)) >> np.uint32(16)
-    remainder = jax.lax.bitcast_convert_type(word - (nearest << np.uint32(16)), jnp.int32)
+    remainder = jax.lax.bitcast_convert_type(word << np.uint32(16), jnp.int32) >> np.int32(16)
     sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & _SIGN
-    # Adding cannot turn 0 into -0, so beside a zero it is the remainder that has the sign.
-    remainder = jnp.where((nearest == 0) & (sign != 0), -remainder, remainder)
+    if dtype != jnp.bfloat16:
+        # Adding cannot turn 0 into -0, so beside a zero it is the remainder that has the sign.
+        remainder = jnp.where((nearest == 0) & (sign != 0), -remainder, remainder)
     low = ((sign >> np.uint32(16)) | nearest).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(low, dtype), remainder >> np.int32(16 - kept)
 
@@ -100,11 +105,11 @@ def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLe
     upper = jax.lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
     lower = jnp.asarray(remainder, jnp.int32) << np.int32(16 - kept)
     word = upper + jax.lax.bitcast_convert_type(lower, jnp.uint32)
+    if low.dtype == jnp.bfloat16:
+        return jax.lax.bitcast_convert_type(word, jnp.float32)
     signed = jax.lax.bitcast_convert_type(jnp.abs(lower), jnp.uint32)
     signed = jnp.where(lower < 0, signed | _SIGN, signed)
     word = jnp.where((upper & ~_SIGN == 0) & (lower != 0), signed, word)
-    if low.dtype == jnp.bfloat16:
-        return jax.lax.bitcast_convert_type(word, jnp.float32)
     magnitude = word & ~_SIGN
     normal = (magnitude >> np.uint32(3)) + _REBIAS
     # The exponent of float16's infinity is an ordinary one in float32.
@@ -116,7 +121,7 @@ def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLe
 
 
 def _magnitude(x: RealLeaf, dtype: DTypeLike, bits: Words | None) -> Words:
-    """The word of |x|; for float16 at most that of 2^16, which is infinity's."""
+    """The word of |x|; for float16 at most that of 2^16, which is infinity's, or NaN's."""
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32) & ~_SIGN
     if dtype == jnp.bfloat16:
         return pattern
@@ -124,6 +129,7 @@ def _magnitude(x: RealLeaf, dtype: DTypeLike, bits: Words | None) -> Words:
     scaled = jax.lax.bitcast_convert_type(pattern, jnp.float32) * _SUBNORMAL
     whole = jnp.floor(scaled)
     # The half of the bits that rounds words is the other one.
-    threshold = np.float32(0.5) if bits is None else uniform(bits << np.uint32(16))
-    subnormal = whole.astype(jnp.uint32) + (scaled - whole > threshold).astype(jnp.uint32)
-    return jnp.where(pattern < np.uint32((127 - 14) << 23), subnormal, normal)
+    noise = np.float32(0) if bits is None else centred(bits << np.uint32(16))
+    subnormal = whole.astype(jnp.uint32) + (scaled - whole - 0.5 > noise).astype(jnp.uint32)
+    word = jnp.where(pattern < np.uint32((127 - 14) << 23), subnormal, normal)
+    return jnp.where(jnp.isnan(x), np.uint32(0x7E000000), word)

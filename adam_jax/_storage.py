@@ -15,8 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax import _int8
-from adam_jax._moments import arithmetic_dtype, real_dtype, sqrt
-from adam_jax._rounding import join, random_bits, split, turned, uniform
+from adam_jax._moments import arithmetic_dtype, real_dtype
+from adam_jax._rounding import centred, join, random_bits, split, turned
 from adam_jax._types import Leaf, RealLeaf, StorageFormat, Word, Words
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -167,43 +167,61 @@ def load(stored: Stored, dtype: DTypeLike, step: Word) -> Moments:
     levels = _levels(mu, codes)
     if levels == _int8.SHARED:
         mu, codes = _int8.split(mu, codes)
-    m, v = _widen(mu, dtype), _widen(codes, dtype)
+    if scale is None:
+        v = _widen(codes, dtype)
+        z, unit = _in_ones(v)
+    else:
+        unit = scale.astype(dtype)
+        z = _int8.decode_nu(codes, levels.nu)
+        v = z.astype(dtype) * unit
     if levels.mu:
-        m = _int8.decode_mu(m, _mu_unit(v, scale, step, levels), levels.mu)
-    if scale is not None:
-        v = _int8.decode_nu(v, scale.astype(dtype), levels.nu)
+        m = _int8.decode_mu(mu, _int8.unit_of_mu(z, unit, step), levels.mu)
+    else:
+        m = _widen(mu, dtype)
     return (m, v, *(_widen(x, dtype) for x in others))
 
 
-def encode(moments: Moments, like: Stored, scale: RealLeaf | None, draw: Draw | None) -> Any:
-    """One leaf's moments in the formats of their predecessors, `like`, for `unpack` to finish.
+def encode(
+    moments: Moments, like: Stored, scale: RealLeaf | None, draw: Draw | None
+) -> tuple[Any, Moments]:
+    """One leaf's moments in the formats of their predecessors, `like`, and their values there.
 
-    `scale` is at least the largest nu of each row, and None unless nu is in int8. `draw` may be
-    None if nothing is in int8 or bfloat16. Moments beyond the second are rounded to nearest.
+    The first is for `unpack` to finish. `scale` is at least the largest nu of each row, and None
+    unless nu is in int8. `draw` may be None if nothing is in int8 or bfloat16. Moments beyond the
+    second are rounded to nearest.
     """
-    mu, v, *others = moments
+    m, v, *others = moments
+    dtype = v.dtype
     mu_like, nu_like, *others_like = like
     codes_like, _ = _parts(nu_like)
     levels = _levels(mu_like, codes_like)
     mu_words, nu_words = draw.words(v.shape) if draw else (None, None)
     if scale is not None and nu_words is not None:
-        codes = _int8.encode_nu(v, scale, uniform(nu_words).astype(v.dtype), levels.nu)
+        unit = scale
+        codes, z = _int8.encode_nu(
+            v * (1 / jnp.maximum(unit, jnp.finfo(dtype).tiny)), centred(nu_words), levels.nu
+        )
+        v = z.astype(dtype) * unit
     else:
         codes = _rounded(v, codes_like.dtype, nu_words)
+        v = _widen(codes, dtype)
+        z, unit = _in_ones(v)
     if levels.mu and draw is not None and mu_words is not None:
         # In units of nu as it will be read: rounding nu must not change mu.
-        q = _mu_unit(codes.astype(v.dtype), scale, draw.step, levels)
-        mu = _int8.encode_mu(mu, q, uniform(mu_words).astype(v.dtype), levels.mu)
+        q = _int8.unit_of_mu(z, unit, draw.step)
+        mu, m = _int8.encode_mu(m, q, centred(mu_words), levels.mu)
     else:
-        mu = _rounded(mu, mu_like.dtype, mu_words)
+        mu = _rounded(m, mu_like.dtype, mu_words)
+        m = _widen(mu, dtype)
+    others = [x.astype(like.dtype) for x, like in zip(others, others_like, strict=True)]
+    stored = (m, v, *(_widen(x, dtype) for x in others))
     if levels == _int8.SHARED:
-        return _int8.join(mu.astype(jnp.int32), codes.astype(jnp.int32))
-    others = (x.astype(x_like.dtype) for x, x_like in zip(others, others_like, strict=True))
-    return (mu.astype(mu_like.dtype), codes.astype(codes_like.dtype), *others)
+        return _int8.join(mu, codes), stored
+    return (mu.astype(mu_like.dtype), codes.astype(codes_like.dtype), *others), stored
 
 
 def unpack(encoded: Any, like: Stored, scale: RealLeaf | None) -> Stored:
-    """What `encode` returned, as the state has it; the inverse of `load`."""
+    """What `encode` returned first, as the state has it; the inverse of `load`."""
     nu_like = like[1]
     if not isinstance(encoded, tuple):
         encoded = _int8.bytes_of(encoded)
@@ -213,19 +231,20 @@ def unpack(encoded: Any, like: Stored, scale: RealLeaf | None) -> Stored:
     return (mu, nu, *others)
 
 
-def apart(
-    function: Callable[..., Any],
+def fitted(
+    function: Callable[..., tuple[Any, Moments]],
     gradient: Leaf,
     stored: Stored,
     scale: RealLeaf | None,
     draw: Draw | None,
-) -> Any:
-    """function(*args), which on a CPU is compiled by itself.
+) -> tuple[Any, Moments]:
+    """function(*args), which returns what `encode` does, in the form that each compiler needs.
 
-    There XLA makes one pass for each output of a step, and would decode, average and encode
+    XLA for CPU makes one pass for each output of a step, and would decode, average and encode
     anew in each of them, with copies of the old moments for those that come too late. It does not
-    look through a condition, even one that always holds. On GPU and TPU all of a step is one pass,
-    and stays so.
+    look through a condition, even one that always holds; what passes it are the codes alone. XLA
+    for TPU makes one pass of a step if all that follows is made of the codes, XLA for GPU anyway,
+    and there values that are at hand cost less.
     """
     args = gradient, stored, scale, draw
     mu, nu, *others = stored
@@ -233,16 +252,25 @@ def apart(
     levels = _levels(mu, codes)
     if draw is None or not any(levels):
         return function(*args)
+    step, dtype = draw.step, real_dtype(arithmetic_dtype(gradient.dtype, *float_dtypes(stored)))
+
+    def of_codes(encoded: Any) -> tuple[Any, Moments]:
+        return encoded, load(unpack(encoded, stored, scale), dtype, step)
+
+    def encoded(*args: Any) -> Any:
+        return function(*args)[0]
 
     def unchanged(*_: Any) -> Any:
         if levels == _int8.SHARED:
             return _int8.join(*_int8.split(mu, codes))
         return (mu, codes, *others)
 
-    def on_cpu(*args: Any) -> Any:
-        return jax.lax.cond(draw.step > 0, function, unchanged, *args)
-
-    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=function)
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=lambda *args: of_codes(jax.lax.cond(step > 0, encoded, unchanged, *args)),
+        tpu=lambda *args: of_codes(encoded(*args)),
+        default=function,
+    )
 
 
 def _parts(nu: Second) -> tuple[jax.Array, jax.Array | None]:
@@ -260,14 +288,14 @@ def _levels(mu: jax.Array, nu: jax.Array) -> _int8.Levels:
     return _int8.Levels(*(n if yes else 0 for yes, n in zip(coded, _int8.ALONE, strict=True)))
 
 
+def _in_ones(v: RealLeaf) -> tuple[RealLeaf, RealLeaf]:
+    """A nu without scales as what `_int8.unit_of_mu` takes: a float32, and what it counts in."""
+    limits = jnp.finfo(jnp.float32)
+    return jnp.clip(v, limits.tiny, limits.max).astype(jnp.float32), jnp.ones((), v.dtype)
+
+
 def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(arithmetic_dtype(x.dtype, dtype))
-
-
-def _mu_unit(nu: RealLeaf, scale: RealLeaf | None, step: Word, levels: _int8.Levels) -> RealLeaf:
-    """What mu in int8 counts in, given the stored nu, or the code of a nu with a scale."""
-    root = sqrt(nu) if scale is None else _int8.nu_root(nu, scale.astype(nu.dtype), levels.nu)
-    return root * _int8.head_start(step, nu.dtype)
 
 
 def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None) -> Leaf:

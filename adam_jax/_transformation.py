@@ -240,7 +240,7 @@ def _leaf_step(
 
         def encoded(
             gradient: Leaf, stored: Stored, scale: RealLeaf | None, draw: Draw | None
-        ) -> Any:
+        ) -> tuple[Any, Moments]:
             g = saturate(gradient.astype(wide))
             moments = advance(g, _storage.load(stored, real, step - 1), s)
             return _storage.encode(moments, stored, scale, draw)
@@ -249,11 +249,10 @@ def _leaf_step(
         if draw is not None:
             # What is rounded at random is a step function: derivatives end here.
             inputs = jax.lax.stop_gradient(inputs)
-        new = _storage.apart(encoded, *inputs)
+        new, moments = _storage.fitted(encoded, *inputs)
         stored = _storage.unpack(new, *inputs[1:3])
         # From the moments as they are stored, so that a step needs no others.
-        g = saturate(gradient.astype(wide))
-        update = direction(g, _storage.load(stored, real, step), s)
+        update = direction(saturate(gradient.astype(wide)), moments, s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
