@@ -196,6 +196,29 @@ def numbers(state):
     return adam_jax.convert_state(state)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@each_format
+def test_encode_tells_what_load_will_read(formats, compiled):
+    """To the bit: on a GPU a step goes on from the first, on a CPU and a TPU from the second."""
+    moments = [
+        _storage.Moment(_storage.storage_format("", name), real)
+        for name, real in zip(formats, (False, True), strict=True)
+    ]
+    rng = np.random.default_rng(0)
+    m, v = jnp.asarray(np.exp(5 * rng.standard_normal((2, *SHAPE))), jnp.float32)
+    m = m * jnp.asarray(rng.choice([-1, 0, 1], SHAPE), jnp.float32)
+    like = tuple(_storage.zeros(moment, m) for moment in moments)
+    scale = v.max(axis=-1, keepdims=True) if formats[1] == "int8" else None
+    draw = Draw(np.uint32(3), jnp.int32(17))
+
+    def both(m, v, scale):
+        encoded, values = _storage.encode((m, v), like, scale, draw)
+        return values, _storage.load(_storage.unpack(encoded, like, scale), jnp.float32, draw.step)
+
+    values, read = (jax.jit(both) if compiled else both)(m, v, scale)
+    chex.assert_trees_all_equal(values, read)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @each_format
 def test_invariants_on_hard_gradients(model, formats):
