@@ -19,7 +19,7 @@ import re
 
 import jax
 from settings import Setting, settings
-from targets import HERE, TARGETS, compile_for
+from targets import compile_for, parse_target
 from tqdm import tqdm
 
 SHAPE = (4096, 4096)
@@ -54,10 +54,7 @@ def count(setting: Setting, target: str) -> collections.Counter[str]:
 def main() -> None:
     """Compiles every setting and prints a table in markdown; progress goes to stderr."""
     parser = argparse.ArgumentParser(description="Counts a step's operations for each element.")
-    parser.add_argument(
-        "--target", choices=TARGETS, default=HERE, help="what to compile for (default: here)"
-    )
-    target = parser.parse_args().target
+    target = parse_target(parser).target
     columns = ["special", "multiply, add", "integer multiply, add", "other", "in all"]
     rows = {name: count(setting, target) for name, setting in tqdm(settings().items())}
     print(f"| operations per element, compiled for {target} | {' | '.join(columns)} |")

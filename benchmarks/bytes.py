@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 from settings import Setting, Shapes, gpt2, settings
-from targets import HERE, TARGETS, compile_for
+from targets import HERE, compile_for, parse_target
 from tqdm import tqdm
 
 
@@ -66,10 +66,7 @@ def main() -> None:
         action="store_true",
         help="a small GPT-2 without layers: shows within seconds that all of this runs",
     )
-    parser.add_argument(
-        "--target", choices=TARGETS, default=HERE, help="what to compile for (default: here)"
-    )
-    options = parser.parse_args()
+    options = parse_target(parser)
     shapes = gpt2(256, 512, 128, 0) if options.small else gpt2(768, 50257, 1024, 12)
     rows = {
         name: account(setting, shapes, options.target) for name, setting in tqdm(settings().items())

@@ -8,6 +8,7 @@ The compilers come with packages of their own, which need no device:
 
 # pyright: basic
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ PLATFORMS = {"h100": "cuda", "v5e": "tpu"}
 TARGETS = [HERE, *PLATFORMS]
 
 
+def parse_target(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with a --target; before anything else, which might look for devices."""
+    parser.add_argument(
+        "--target", choices=TARGETS, default=HERE, help="what to compile for (default: here)"
+    )
+    options = parser.parse_args()
+    if options.target != HERE:
+        jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
+    return options
+
+
 def compile_for(target: str, function: Any, *args: Any) -> Any:
     """The compiled program of a jitted function, for arguments given by shape and dtype."""
     if target == HERE:
@@ -33,7 +45,6 @@ def compile_for(target: str, function: Any, *args: Any) -> Any:
 
 def devices(target: str) -> list[Any]:
     """The devices that the compiler is told about."""
-    jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
     if target == "v5e":
         # What the TPU's runtime would ask its machine for.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
