@@ -241,7 +241,7 @@ def table(title: str, field: str, rows: dict[str, dict[str, Score]]) -> str:
         f"| {title} | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
         *(
-            f"| {kind} | {' | '.join(f'{getattr(scores[name], field):.2g}' for name in columns)} |"
+            f"| {kind} | {' | '.join(f'{getattr(scores[name], field):.3g}' for name in columns)} |"
             for kind, scores in rows.items()
         ),
     ]
