@@ -20,8 +20,8 @@ _GOLDEN = np.uint32(0x9E3779B9)  # 2^32 / golden ratio
 def random_bits(shape: tuple[int, ...], leaf: int | Word, draw: int | Word = 0) -> Words:
     """32 random bits for every element of a leaf: a hash of (leaf, draw, coordinates).
 
-    Coordinates enter as the element's index in row-major order, modulo 2^32. Leaf and draw key
-    the hash in its middle: added to the index, they would only shift the same sequence.
+    Coordinates enter as the element's index in row-major order, modulo 2^32. Leaf and draw are
+    hashed to a key that is xored to it: added, they would only shift the same sequence.
     """
     with jax.numpy_rank_promotion("allow"):
         key = _mix(_mix(jnp.uint32(leaf) + np.uint32(1)) ^ jnp.uint32(draw) * _GOLDEN)
@@ -76,8 +76,7 @@ def split(
     or to nearest without them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
 
     Infinity and (quiet) NaN stay what they are, with remainder 0. A finite x beyond the largest
-    finite number of the dtype and its largest remainder becomes that. Beside a bfloat16 zero, that
-    is below 2^-134, x loses its sign.
+    finite number of the dtype and its largest remainder becomes that.
     """
     infinity = np.uint32(np.array(np.inf, dtype).view(np.uint16)) << np.uint32(16)
     lost = np.uint32(2 ** (16 - kept) - 1)
@@ -95,6 +94,7 @@ def split(
     sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & _SIGN
     if dtype != jnp.bfloat16:
         # Adding cannot turn 0 into -0, so beside a zero it is the remainder that has the sign.
+        # Beside bfloat16's, below 2^-134, nothing is worth that.
         remainder = jnp.where((nearest == 0) & (sign != 0), -remainder, remainder)
     low = ((sign >> np.uint32(16)) | nearest).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(low, dtype), remainder >> np.int32(16 - kept)

@@ -168,14 +168,14 @@ def load(stored: Stored, dtype: DTypeLike, step: Word) -> Moments:
     if levels == _int8.SHARED:
         mu, codes = _int8.split(mu, codes)
     if scale is None:
-        v = _widen(codes, dtype)
-        z, unit = _in_ones(v)
+        v = z = _widen(codes, dtype)
+        unit = None
     else:
         unit = scale.astype(dtype)
         z = _int8.decode_nu(codes, levels.nu)
         v = z.astype(dtype) * unit
     if levels.mu:
-        m = _int8.decode_mu(mu, _int8.unit_of_mu(z, unit, step), levels.mu)
+        m = _int8.decode_mu(mu, _unit_of_mu(z, unit, step), levels.mu)
     else:
         m = _widen(mu, dtype)
     return (m, v, *(_widen(x, dtype) for x in others))
@@ -204,11 +204,11 @@ def encode(
         v = z.astype(dtype) * unit
     else:
         codes = _rounded(v, codes_like.dtype, nu_words)
-        v = _widen(codes, dtype)
-        z, unit = _in_ones(v)
+        v = z = _widen(codes, dtype)
+        unit = None
     if levels.mu and draw is not None and mu_words is not None:
         # In units of nu as it will be read: rounding nu must not change mu.
-        q = _int8.unit_of_mu(z, unit, draw.step)
+        q = _unit_of_mu(z, unit, draw.step)
         mu, m = _int8.encode_mu(m, q, centred(mu_words), levels.mu)
     else:
         mu = _rounded(m, mu_like.dtype, mu_words)
@@ -233,12 +233,15 @@ def unpack(encoded: Any, like: Stored, scale: RealLeaf | None) -> Stored:
 
 def fitted(
     function: Callable[..., tuple[Any, Moments]],
+    dtype: DTypeLike,
     gradient: Leaf,
     stored: Stored,
     scale: RealLeaf | None,
     draw: Draw | None,
 ) -> tuple[Any, Moments]:
     """function(*args), which returns what `encode` does, in the form that each compiler needs.
+
+    `dtype` is the arithmetic's real one, as for `load`; what follows it are the args.
 
     XLA for CPU makes one pass for each output of a step, and would decode, average and encode
     anew in each of them, with copies of the old moments for those that come too late. It does not
@@ -252,7 +255,7 @@ def fitted(
     levels = _levels(mu, codes)
     if draw is None or not any(levels):
         return function(*args)
-    step, dtype = draw.step, real_dtype(arithmetic_dtype(gradient.dtype, *float_dtypes(stored)))
+    step = draw.step
 
     def of_codes(encoded: Any) -> tuple[Any, Moments]:
         return encoded, load(unpack(encoded, stored, scale), dtype, step)
@@ -288,10 +291,13 @@ def _levels(mu: jax.Array, nu: jax.Array) -> _int8.Levels:
     return _int8.Levels(*(n if yes else 0 for yes, n in zip(coded, _int8.ALONE, strict=True)))
 
 
-def _in_ones(v: RealLeaf) -> tuple[RealLeaf, RealLeaf]:
-    """A nu without scales as what `_int8.unit_of_mu` takes: a float32, and what it counts in."""
-    limits = jnp.finfo(jnp.float32)
-    return jnp.clip(v, limits.tiny, limits.max).astype(jnp.float32), jnp.ones((), v.dtype)
+def _unit_of_mu(z: RealLeaf, unit: RealLeaf | None, step: Word) -> RealLeaf:
+    """What mu in int8 counts in, given the stored nu, in units of its row where it has some."""
+    if unit is None:
+        limits = jnp.finfo(jnp.float32)
+        unit = jnp.ones((), z.dtype)
+        z = jnp.clip(z, limits.tiny, limits.max).astype(jnp.float32)
+    return _int8.unit_of_mu(z, unit, step)
 
 
 def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -249,7 +249,7 @@ def _leaf_step(
         if draw is not None:
             # What is rounded at random is a step function: derivatives end here.
             inputs = jax.lax.stop_gradient(inputs)
-        new, moments = _storage.fitted(encoded, *inputs)
+        new, moments = _storage.fitted(encoded, real, *inputs)
         stored = _storage.unpack(new, *inputs[1:3])
         # From the moments as they are stored, so that a step needs no others.
         update = direction(saturate(gradient.astype(wide)), moments, s)
