@@ -264,7 +264,7 @@ def _split_leaf(
     if remainder_dtype == np.float32:
         # The difference of two close numbers is exact; infinity has none to itself.
         remainder = jnp.where(jnp.isfinite(master), master - join(param), 0)
-    return param, remainder.astype(remainder_dtype)
+    return param, remainder
 
 
 def _kept_bits(remainder_dtype: DTypeLike) -> int:
@@ -295,6 +295,9 @@ def _step_leaf(
     # remainder is 0. There a difference longer than |old| may be rounded, and the parameter
     # land 2^(e-24) away, on a number as short, so that parameter and remainder still agree.
     old, new = join(param), join(new_param)
+    if param.dtype == jnp.bfloat16 and remainder is not None and remainder.dtype == np.float32:
+        # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
+        new = master - remainder
     difference = -(old - new)  # new - old, but -0 where they are equal, which keeps a -0
     # The difference of finite numbers may overflow, that to an infinite one must.
     limit = np.finfo(np.float32).max

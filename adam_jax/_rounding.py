@@ -71,9 +71,10 @@ def split(
     """A float32 as the nearest bfloat16 or float16, and `kept` bits of what is missing to it.
 
     The remainder counts 2^-kept parts of the ulp, away from zero (beside a float16 zero, upwards),
-    in [-2^(kept-1), 2^(kept-1)), as int32: 16 bits hold a float32 exactly beside bfloat16, and from
-    2^-17 on beside float16. What the word loses is rounded at random, right on average over bits,
-    or to nearest without them. With `kept` = 0 that is the whole rounding, and the remainder is 0.
+    in [-2^(kept-1), 2^(kept-1)), as int8, or int16 for more than 8 bits. 16 bits hold a float32
+    exactly beside bfloat16, and from 2^-17 on beside float16. What the word loses is rounded at
+    random, right on average over bits, or to nearest without them. With `kept` = 0 that is the
+    whole rounding, and the remainder is 0.
 
     Infinity and (quiet) NaN stay what they are, with remainder 0. A finite x beyond the largest
     finite number of the dtype and its largest remainder becomes that.
@@ -87,28 +88,29 @@ def split(
     magnitude = _magnitude(x, dtype, bits)
     word = jnp.minimum((magnitude + noise) & ~lost, largest)
     word = jnp.where(jnp.isfinite(x), word, magnitude & np.uint32(0xFFFF0000))
-    # Halves go up, so that the remainder fits: with 16 bits it goes from -32768 to 32767, and is
-    # the word's lower half with its highest bit as the sign.
-    nearest = (word + np.uint32(0x8000)) >> np.uint32(16)
-    remainder = jax.lax.bitcast_convert_type(word << np.uint32(16), jnp.int32) >> np.int32(16)
+    # Halves go up: what is left in the lower half counts from there, its highest bit the sign.
+    parts = (word >> np.uint32(16 - kept)) & np.uint32(2**kept - 1)
+    remainder = parts.astype(jnp.int8 if kept <= 8 else jnp.int16)
     sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & _SIGN
-    if dtype != jnp.bfloat16:
-        # Adding cannot turn 0 into -0, so beside a zero it is the remainder that has the sign.
-        # Beside bfloat16's, below 2^-134, nothing is worth that.
-        remainder = jnp.where((nearest == 0) & (sign != 0), -remainder, remainder)
+    # Beside zero; of bfloat16's, the numbers below 2^-134, nothing is worth telling their signs.
+    beside_zero = word < np.uint32(0x8000) if dtype != jnp.bfloat16 else np.bool_(False)
+    # Adding cannot turn 0 into -0, so there it is the remainder that has the sign.
+    remainder = jnp.where(beside_zero & (sign != 0), -remainder, remainder)
+    # Made of the remainder as it is stored, so that XLA for TPU has one pass end in the other.
+    nearest = (word - _parts(remainder, kept)) >> np.uint32(16)
+    nearest = jnp.where(beside_zero, np.uint32(0), nearest)
     low = ((sign >> np.uint32(16)) | nearest).astype(jnp.uint16)
-    return jax.lax.bitcast_convert_type(low, dtype), remainder >> np.int32(16 - kept)
+    return jax.lax.bitcast_convert_type(low, dtype), remainder
 
 
 def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLeaf:
     """The float32 that `split` took apart, given what it returned and the `kept` it was given."""
     upper = jax.lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
-    lower = jnp.asarray(remainder, jnp.int32) << np.int32(16 - kept)
-    word = upper + jax.lax.bitcast_convert_type(lower, jnp.uint32)
+    lower = _parts(remainder, kept)
+    word = upper + lower
     if low.dtype == jnp.bfloat16:
         return jax.lax.bitcast_convert_type(word, jnp.float32)
-    signed = jax.lax.bitcast_convert_type(jnp.abs(lower), jnp.uint32)
-    signed = jnp.where(lower < 0, signed | _SIGN, signed)
+    signed = jnp.where(lower < _SIGN, lower, -lower | _SIGN)
     word = jnp.where((upper & ~_SIGN == 0) & (lower != 0), signed, word)
     magnitude = word & ~_SIGN
     normal = (magnitude >> np.uint32(3)) + _REBIAS
@@ -118,6 +120,12 @@ def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLe
     subnormal = jax.lax.bitcast_convert_type(subnormal, jnp.uint32)
     pattern = jnp.where(magnitude < np.uint32(1 << 26), subnormal, normal)
     return jax.lax.bitcast_convert_type(pattern | (word & _SIGN), jnp.float32)
+
+
+def _parts(remainder: Remainder | int, kept: int) -> Words:
+    """What a remainder adds to a word, modulo 2^32."""
+    parts = jnp.asarray(remainder, jnp.int32) << np.int32(16 - kept)
+    return jax.lax.bitcast_convert_type(parts, jnp.uint32)
 
 
 def _magnitude(x: RealLeaf, dtype: DTypeLike, bits: Words | None) -> Words:
