@@ -127,7 +127,10 @@ def zeros(moment: Moment, param: ArrayLike) -> Second:
     codes = jnp.zeros_like(param, dtype=dtype)
     if not moment.is_struct:
         return codes
-    return Int8Moment(codes, jnp.zeros((*shape[:-1], 1) if fits_int8(shape) else (), jnp.float32))
+    if not fits_int8(shape):
+        return Int8Moment(codes, jnp.zeros((), jnp.float32))
+    # Made of the codes, so that outside jit the scales lie where the rows do.
+    return Int8Moment(codes, jnp.max(codes, axis=-1, keepdims=True).astype(jnp.float32))
 
 
 def to_leaves(tree: Any, flatten: Callable[[Any, str], list[Any]]) -> list[Second]:

@@ -1,0 +1,117 @@
+"""Where an optimizer's state lies on a mesh of devices."""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from adam_jax._checks import keystr
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: optax.Params, *, axis: str | None = None
+) -> Any:
+    """The sharding of every leaf of an optimizer's state.
+
+    Moments and remainders are sharded as their parameters are, the scales of int8 moments as the
+    rows they belong to; counts and whatever else belongs to no parameter is replicated. With
+    `axis`, state is partitioned over that axis of the mesh as well, which is the first stage of
+    ZeRO ([Rajbhandari et al., 2020](https://arxiv.org/abs/1910.02054)): parameters that are
+    replicated over the axis, as in data-parallel training, have a state that is not. Of each leaf
+    the first dimension that can be divided evenly is. (If that is the last one, the scales of int8
+    moments, one for each row, cost a small collective.) A leaf with no such dimension stays as its
+    parameter is.
+
+    JAX does the rest, if a jitted step is told that its new state is to be sharded so, and its
+    parameters as they were: each device gets its part of the sum of the gradients
+    (reduce-scatter), makes its part of the step, and parameters are gathered (all-gather).
+
+    Args:
+        optimizer: any optax gradient transformation, or chain of them.
+        params: the parameters, with a `jax.sharding.NamedSharding` each: arrays, or
+            `jax.ShapeDtypeStruct`s.
+        axis: the name of a mesh axis.
+
+    Returns:
+        A tree shaped like the optimizer's state, of `jax.sharding.NamedSharding`.
+
+    Raises:
+        ValueError: for a parameter without a `NamedSharding`, naming its path, for parameters on
+            more than one mesh, or for an axis that their mesh lacks.
+
+    Example:
+        >>> import adam_jax, jax, jax.numpy as jnp, optax
+        >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        >>> mesh = Mesh(jax.devices()[:1], ("data",))
+        >>> replicated = NamedSharding(mesh, PartitionSpec())
+        >>> params = jax.device_put(jnp.ones((256, 128)), replicated)
+        >>> optimizer = adam_jax.adam(1e-3, mu_dtype="int8", nu_dtype="int8")
+        >>> shardings = adam_jax.state_shardings(optimizer, params, axis="data")
+        >>> shardings[0].mu.spec
+        PartitionSpec('data', None)
+        >>> state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        >>> def step(params, state, gradients):
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     return optax.apply_updates(params, updates), state
+        >>> step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(replicated, shardings))
+    """
+    mesh = _mesh_of(params)
+    if axis is not None and axis not in mesh.axis_names:
+        raise ValueError(f"axis must be one of the mesh's {mesh.axis_names}, got {axis!r}.")
+
+    def of_leaf(leaf: Any, param: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        parts = [None] * leaf.ndim
+        if leaf.ndim == param.ndim:
+            parts = [*param.sharding.spec, *parts][: leaf.ndim]
+            # Scales have rows in common with the parameter, but not what is in a row.
+            same = map(operator.eq, leaf.shape, param.shape)
+            parts = [part if kept else None for part, kept in zip(parts, same, strict=True)]
+        if axis is not None:
+            parts = _partitioned(parts, leaf.shape, mesh, axis)
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return optax.tree.map_params(
+        optimizer,
+        of_leaf,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+
+def _mesh_of(params: optax.Params) -> Mesh | AbstractMesh:
+    """The one mesh that all parameters are on."""
+    meshes: set[Mesh | AbstractMesh] = set()
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        sharding = getattr(param, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"parameter {keystr(path)} must have a NamedSharding, got {sharding}. Put the "
+                "parameters on a mesh with jax.device_put first."
+            )
+        meshes.add(sharding.mesh)
+    if len(meshes) != 1:
+        raise ValueError(f"the parameters must be on one mesh, got {len(meshes)}.")
+    return meshes.pop()
+
+
+def _partitioned(
+    parts: list[Any], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
+) -> list[Any]:
+    """The same partition, with the first dimension that allows it divided by one more axis."""
+    axes: list[tuple[str, ...]] = [
+        () if part is None else part if isinstance(part, tuple) else (part,) for part in parts
+    ]
+    if any(axis in names for names in axes):
+        return parts
+    for i, size in enumerate(shape):
+        divided = (*axes[i], axis)
+        if size % math.prod(mesh.shape[name] for name in divided) == 0:
+            return [*parts[:i], divided if axes[i] else axis, *parts[i + 1 :]]
+    return parts

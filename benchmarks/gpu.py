@@ -1,0 +1,366 @@
+"""Steps of Adam on a GPU, in each setting, against its memory, optax's steps and torch's.
+
+    python benchmarks/gpu.py
+    uv run --with torch benchmarks/gpu.py
+
+The GPU's memory sets the pace of a step, so its bandwidth is measured first, with a copy. Then
+each contestant starts in a process of its own, where only its own library takes memory, and only
+what it needs. They take turns on each tree, as many at a time as the memory has room for, and what
+is printed are medians over the rounds. torch trains in float32; where it is not installed, times
+are compared with optax's. The columns:
+
+- bandwidth / a copy's: bytes moved per second over those of the copy, reads and writes counted
+  for both. Moved are the bytes that no step can avoid: parameters, gradients and state in,
+  parameters and state out. Near 1, only fewer bytes would make it faster;
+- time / torch, fused: the time of a step over that of torch's fused Adam;
+- ms: the time of a step, of many that a Python loop queues one after the other;
+- launch, ms: how long Python takes to queue one step while the GPU is idle. Where that is as long
+  as the step, the GPU waits for Python, as it does with many small leaves;
+- bytes moved: for each parameter;
+- peak bytes: for each parameter, the most that the library's allocator had given out at one time,
+  gradients included. A CPU has no such count.
+
+A step that rounds at random is compiled for each leaf anew. For a thousand leaves that takes
+minutes, which only the settings of `MANY_LEAVES` are given.
+"""
+
+# pyright: basic
+
+import argparse
+import datetime
+import functools
+import gc
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # adam_jax need not be installed
+from bytes import size
+from settings import RATE, Shapes, gpt2, settings
+from speed import PLAIN, TORCH, has_torch, machine
+
+OPTAX = "optax.adam"
+TORCH_ADAM = {TORCH: {"fused": True}, "torch, foreach": {"foreach": True}}  # arguments, by name
+MANY_LEAVES = [*TORCH_ADAM, OPTAX, PLAIN, "adam, bfloat16 moments", "adam, int8 moments"]
+ROUNDS = 7
+SECONDS = 0.2  # that a contestant's steps take in a round
+
+
+class Machine(NamedTuple):
+    """What the contestants run on."""
+
+    description: str
+    has_gpu: bool
+    memory: float  # bytes a process may take; infinite where nobody counts
+    bandwidth: float  # of a copy: bytes per second, both read and written
+
+
+class Trainer(NamedTuple):
+    """An optimizer with all it needs on the device."""
+
+    step: Callable[[], Any]  # queues a step
+    wait: Callable[[], Any]  # until all that is queued is done
+    moved: int  # bytes that a step has to read and to write
+    peak: Callable[[], int | None]  # bytes taken at one time, at most
+
+
+class Result(NamedTuple):
+    """A row's numbers: medians, in seconds, and bytes."""
+
+    step: float
+    launch: float
+    moved: int
+    peak: int | None
+
+
+class Contestant:
+    """One optimizer, and the process that it runs in."""
+
+    def __init__(self, name: str, process: ProcessPoolExecutor) -> None:
+        self.name = name
+        self.process = process
+        self.failure: Exception | None = None
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function, given the name, returns over there; None once something has failed."""
+        if self.failure is None:
+            try:
+                return self.process.submit(function, self.name, *args).result()
+            except Exception as error:  # its row says so; the others go on
+                self.failure = error
+                traceback.print_exception(error)
+        return None
+
+
+def one_process() -> ProcessPoolExecutor:
+    """A fresh process, which does one thing after the other."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def trees(small: bool) -> dict[str, Shapes]:
+    """The shapes of each tree's leaves.
+
+    The largest tree is last, so that the most memory a process has ever held is that of the tree
+    at hand: JAX's count has no way back.
+    """
+    many, leaf = (2, (128, 64)) if small else (1000, (16384, 16384))
+    return {
+        f"{many} leaves of (128, 64)": [(128, 64)] * many,
+        "GPT-2": gpt2(64, 128, 128, 0) if small else gpt2(768, 50257, 1024, 12),
+        f"one leaf of {leaf}": [leaf],
+    }
+
+
+def elements(shapes: Shapes) -> int:
+    """The number of parameters."""
+    return sum(map(math.prod, shapes))
+
+
+# What runs in the contestants' processes.
+
+trainers: dict[str, Trainer] = {}  # those of this process, by name
+
+
+def look_around(small: bool) -> Machine:
+    """What this machine is, and how fast its memory is."""
+    has_gpu = jax.default_backend() == "gpu"
+    small = small or not has_gpu
+    copier = copying(2**20 if small else 2**31)
+    best = min(times(copier, 0.0 if small else SECONDS)[0] for _ in range(ROUNDS))
+    return Machine(
+        description=machine(),
+        has_gpu=has_gpu,
+        memory=device_memory().get("bytes_limit", math.inf),
+        bandwidth=copier.moved / best,
+    )
+
+
+def prepare(name: str, shapes: Shapes, has_gpu: bool) -> int:
+    """Makes a contestant ready for a tree, compiled, and returns the bytes that its step moves."""
+    trainers.pop(name, None)  # the tree before goes first
+    gc.collect()
+    trainer = with_torch(name, shapes, has_gpu) if name in TORCH_ADAM else with_jax(name, shapes)
+    trainer.step()
+    trainer.wait()
+    trainers[name] = trainer
+    return trainer.moved
+
+
+def sample(name: str, seconds: float) -> tuple[float, float]:
+    """The times of a contestant."""
+    return times(trainers[name], seconds)
+
+
+def peak(name: str) -> int | None:
+    """The most bytes that a contestant took at one time."""
+    return trainers[name].peak()
+
+
+def times(trainer: Trainer, seconds: float) -> tuple[float, float]:
+    """The seconds that a step takes among others, and those in which a single one is queued."""
+    steps = max(1, round(seconds / run(trainer, 1)[0]))
+    run(trainer, 1 + steps // 4)  # the clocks of an idle GPU are low
+    _, launch = run(trainer, 1)
+    return run(trainer, steps)[0], launch
+
+
+def run(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """The mean time of a step, until all are done and until all are queued."""
+    trainer.wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        trainer.step()
+    queued = time.perf_counter()
+    trainer.wait()
+    return (time.perf_counter() - start) / steps, (queued - start) / steps
+
+
+def device_memory() -> dict[str, int]:
+    """JAX's account of the device's memory; empty on a CPU."""
+    return jax.devices()[0].memory_stats() or {}
+
+
+def copying(size: int) -> Trainer:
+    """Copies that many bytes on the device."""
+    # Into the memory of the last copy: others would be asked for while that is still in use.
+    copy = jax.jit(lambda target, source: jnp.copy(source), donate_argnums=0, keep_unused=True)
+    target, source = (jnp.full(size, byte, jnp.uint8) for byte in (0, 1))
+
+    def step() -> None:
+        nonlocal target
+        target = copy(target, source)
+
+    return Trainer(step, lambda: target.block_until_ready(), 2 * size, lambda: None)
+
+
+def with_jax(name: str, shapes: Shapes) -> Trainer:
+    """One of the settings, its step jitted and donated."""
+    setting = settings()[name]
+    compiled = setting.jitted()
+    params, gradients = ([ripple(shape, setting.dtype) for shape in shapes] for _ in range(2))
+    carry = params, setting.init(params)
+
+    def step() -> None:
+        nonlocal carry
+        carry = compiled(*carry, gradients)
+
+    return Trainer(
+        step,
+        lambda: jax.block_until_ready(carry),
+        2 * size(carry) + size(gradients),
+        lambda: device_memory().get("peak_bytes_in_use"),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def ripple(shape: tuple[int, ...], dtype: type) -> jax.Array:
+    """Different numbers everywhere, in no more memory than their own, as random ones would need."""
+    return jnp.sin(jnp.arange(math.prod(shape), dtype=jnp.float32)).reshape(shape).astype(dtype)
+
+
+def with_torch(name: str, shapes: Shapes, has_gpu: bool) -> Trainer:
+    """One of torch's Adams, in float32."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if has_gpu:
+        torch.cuda.empty_cache()
+    device = "cuda" if has_gpu else "cpu"
+    params = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    optimizer = torch.optim.Adam(params, lr=RATE, **TORCH_ADAM[name])
+    optimizer.step()  # makes the state
+    state = [value for kept in optimizer.state.values() for value in kept.values()]
+    weights, moments = (sum(x.numel() * x.element_size() for x in xs) for xs in (params, state))
+    return Trainer(
+        optimizer.step,
+        torch.cuda.synchronize if has_gpu else lambda: None,
+        2 * (weights + moments) + weights,
+        torch.cuda.max_memory_allocated if has_gpu else lambda: None,
+    )
+
+
+# What runs in the process that was started.
+
+
+def race(
+    contestants: Sequence[Contestant], shapes: Shapes, here: Machine, seconds: float, progress: tqdm
+) -> dict[str, Result | Exception]:
+    """What comes of each contestant on one tree: all get ready at once, then step in turns."""
+    for contestant in contestants:
+        contestant.failure = None
+    with ThreadPoolExecutor(len(contestants)) as threads:
+        moved = list(threads.map(lambda one: one.ask(prepare, shapes, here.has_gpu), contestants))
+    samples = {contestant.name: [] for contestant in contestants}
+    for _ in range(ROUNDS):
+        for contestant in contestants:
+            samples[contestant.name].append(contestant.ask(sample, seconds))
+            progress.update()
+    results = {}
+    for contestant, count in zip(contestants, moved, strict=True):
+        most = contestant.ask(peak)
+        if contestant.failure is None:
+            step, launch = map(statistics.median, zip(*samples[contestant.name], strict=True))
+            results[contestant.name] = Result(step, launch, count, most)
+        else:
+            results[contestant.name] = contestant.failure
+    return results
+
+
+def takes_part(name: str, shapes: Shapes) -> bool:
+    """Whether a contestant is compiled for that many leaves within a minute or three."""
+    return len(shapes) < 1000 or name in MANY_LEAVES
+
+
+def row(name: str, result: Result | Exception, parameters: int, bandwidth: float, peer: Any) -> str:
+    """A line of a tree's table."""
+    if isinstance(result, Exception):
+        message = f"{type(result).__name__}: {result}".splitlines()[0].replace("|", "/")
+        return f"| {name} | {message} |" + " |" * 5
+    cells = [
+        name,
+        f"{result.moved / result.step / bandwidth:.2f}",
+        f"{result.step / peer.step:.2f}" if isinstance(peer, Result) else "-",
+        f"{1e3 * result.step:.3g}",
+        f"{1e3 * result.launch:.3g}",
+        f"{result.moved / parameters:.2f}",
+        f"{result.peak / parameters:.2f}" if result.peak else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measures everything and prints tables in markdown; progress goes to stderr."""
+    parser = argparse.ArgumentParser(
+        description="Times Adam's steps on a GPU in all settings, beside optax's and torch's, and "
+        "prints markdown tables."
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="small shapes, few steps: shows, on a CPU too, that all of this runs; the numbers "
+        "mean nothing",
+    )
+    options = parser.parse_args()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or one process would take it all
+    with one_process() as process:
+        here = process.submit(look_around, options.small).result()
+    if not (here.has_gpu or options.small):
+        parser.error(f"no GPU here, only what --small needs: {here.description}")
+    print(f"{datetime.date.today()}, {here.description}\n")
+    if not here.has_gpu:
+        print("This is no GPU: the numbers are only there to show that the benchmark runs.\n")
+    print(f"A copy moves {here.bandwidth / 1e12:.3g} TB/s, read and written.", flush=True)
+
+    cases = trees(options.small)
+    names = [*(TORCH_ADAM if has_torch() else []), *settings()]
+    # Adam's 16 bytes per parameter; and as many for temporaries and what allocators keep in hand.
+    room = here.memory / (2 * 16 * max(map(elements, cases.values())))
+    at_once = max(1, int(min(room, len(names))))
+    total = sum(takes_part(name, shapes) for shapes in cases.values() for name in names)
+    progress = tqdm(total=ROUNDS * total, unit="sample")
+    results = {case: {} for case in cases}
+    for first in range(0, len(names), at_once):
+        batch = names[first : first + at_once]
+        with ExitStack() as stack:
+            # Without a GPU nobody counts memory, and one process for all is faster to start.
+            count = len(batch) if here.has_gpu else 1
+            processes = [stack.enter_context(one_process()) for _ in range(count)]
+            contestants = list(map(Contestant, batch, itertools.cycle(processes)))
+            for case, shapes in cases.items():
+                some = [one for one in contestants if takes_part(one.name, shapes)]
+                if some:
+                    seconds = 0.0 if options.small else SECONDS
+                    results[case] |= race(some, shapes, here, seconds, progress)
+    progress.close()
+
+    reference = TORCH if has_torch() else OPTAX
+    columns = ["bandwidth / a copy's", f"time / {reference}", "ms", "launch, ms"]
+    columns += ["bytes moved", "peak bytes"]
+    for case, rows in reversed(results.items()):
+        print(f"\n| {case} | {' | '.join(columns)} |")
+        print("|---" * (1 + len(columns)) + "|")
+        for name, result in rows.items():
+            print(row(name, result, elements(cases[case]), here.bandwidth, rows[reference]))
+    if any(isinstance(result, Exception) for rows in results.values() for result in rows.values()):
+        sys.exit("Not every contestant came through.")
+
+
+if __name__ == "__main__":
+    main()
