@@ -1,27 +1,27 @@
-"""Steps of Adam on a GPU, in each setting, against its memory, optax's steps and torch's.
+"""Steps of Adam on a GPU, in each setting: against its memory's speed, optax's steps and torch's.
 
     python benchmarks/gpu.py
-    uv run --with torch benchmarks/gpu.py
+    uv run --with torch --with "jax[cuda13]" benchmarks/gpu.py
 
-The GPU's memory sets the pace of a step, so its bandwidth is measured first, with a copy. Then
-each contestant starts in a process of its own, where only its own library takes memory, and only
-what it needs. They take turns on each tree, as many at a time as the memory has room for, and what
-is printed are medians over the rounds. torch trains in float32; where it is not installed, times
-are compared with optax's. The columns:
+Memory sets the pace of a step, so a copy says first how fast it is. Then each contestant gets a
+process of its own, in which its library takes the memory that it needs and no other library any.
+They step in turns, as many of them as the memory has room for; reported are medians over the
+rounds. torch's parameters are float32; where torch is not installed, times are compared with
+optax's. It takes some six minutes. The columns:
 
-- bandwidth / a copy's: bytes moved per second over those of the copy, reads and writes counted
-  for both. Moved are the bytes that no step can avoid: parameters, gradients and state in,
-  parameters and state out. Near 1, only fewer bytes would make it faster;
-- time / torch, fused: the time of a step over that of torch's fused Adam;
-- ms: the time of a step, of many that a Python loop queues one after the other;
-- launch, ms: how long Python takes to queue one step while the GPU is idle. Where that is as long
-  as the step, the GPU waits for Python, as it does with many small leaves;
-- bytes moved: for each parameter;
-- peak bytes: for each parameter, the most that the library's allocator had given out at one time,
-  gradients included. A CPU has no such count.
+- bandwidth / a copy's: bytes moved per second, over those of the copy; in both, what is read and
+  what is written. Moved are the bytes that no step can do without: parameters, gradients and state
+  in, parameters and state out. At 1 a step can only be faster with fewer of them;
+- time / torch, fused: the time of a step over that of torch's fused Adam, in float32;
+- ms: the time of a step when a loop in Python queues many, as one that trains would;
+- launch, ms: the time in which Python queues a single one on an idle GPU. If it is as long as the
+  step, the GPU waits for Python. Between the other work of a training step that may not show;
+- bytes moved: per parameter;
+- peak bytes: per parameter, the most that the library's allocator had handed out at one time, so
+  with the gradients. On a CPU nobody counts.
 
-A step that rounds at random is compiled for each leaf anew. For a thousand leaves that takes
-minutes, which only the settings of `MANY_LEAVES` are given.
+A leaf that is rounded at random is compiled by itself, equal in shape to others or not, which
+takes minutes for a thousand of them: those run in the settings of MANY_LEAVES alone.
 """
 
 # pyright: basic
@@ -114,8 +114,8 @@ def one_process() -> ProcessPoolExecutor:
 def trees(small: bool) -> dict[str, Shapes]:
     """The shapes of each tree's leaves.
 
-    The largest tree is last, so that the most memory a process has ever held is that of the tree
-    at hand: JAX's count has no way back.
+    They grow, so that the most memory a process has ever held is that of the tree at hand: JAX's
+    count can't be set back. (On a CPU, where the `small` ones are for, there is none.)
     """
     many, leaf = (2, (128, 64)) if small else (1000, (16384, 16384))
     return {
@@ -212,7 +212,8 @@ def with_jax(name: str, shapes: Shapes) -> Trainer:
     setting = settings()[name]
     compiled = setting.jitted()
     params, gradients = ([ripple(shape, setting.dtype) for shape in shapes] for _ in range(2))
-    carry = params, setting.init(params)
+    # Un-jitted, this would take more memory than a step: master_weights hands float32 weights on.
+    carry = params, jax.jit(setting.init)(params)
 
     def step() -> None:
         nonlocal carry
@@ -284,7 +285,7 @@ def race(
 
 
 def takes_part(name: str, shapes: Shapes) -> bool:
-    """Whether a contestant is compiled for that many leaves within a minute or three."""
+    """Whether a contestant is compiled for so many leaves in a time that one can wait."""
     return len(shapes) < 1000 or name in MANY_LEAVES
 
 
@@ -322,7 +323,7 @@ def main() -> None:
     with one_process() as process:
         here = process.submit(look_around, options.small).result()
     if not (here.has_gpu or options.small):
-        parser.error(f"no GPU here, only what --small needs: {here.description}")
+        parser.error(f"JAX finds no GPU, without which only --small runs: {here.description}")
     print(f"{datetime.date.today()}, {here.description}\n")
     if not here.has_gpu:
         print("This is no GPU: the numbers are only there to show that the benchmark runs.\n")
