@@ -50,8 +50,8 @@ def state_shardings(
         >>> params = jax.device_put(jnp.ones((256, 128)), replicated)
         >>> optimizer = adam_jax.adam(1e-3, mu_dtype="int8", nu_dtype="int8")
         >>> shardings = adam_jax.state_shardings(optimizer, params, axis="data")
-        >>> shardings[0].mu.spec
-        PartitionSpec('data', None)
+        >>> tuple(shardings[0].mu.spec)
+        ('data', None)
         >>> state = jax.jit(optimizer.init, out_shardings=shardings)(params)
         >>> def step(params, state, gradients):
         ...     updates, state = optimizer.update(gradients, state, params)

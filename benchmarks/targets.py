@@ -46,15 +46,20 @@ def compile_for(target: str, function: Any, *args: Any) -> Any:
 def devices(target: str) -> list[Any]:
     """The devices that the compiler is told about."""
     if target == "v5e":
-        # What the TPU's runtime would ask its machine for.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_WORKER_ID", "0")
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+        return tpu("v5e:2x2")
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         target_config=Path(__file__).with_name("h100.textproto").read_text(),
         topology="1x1x1",
     ).devices
+
+
+def tpu(topology: str) -> list[Any]:
+    """The chips of a TPU topology, such as v5p:16x16x16."""
+    # What the TPU's runtime would ask its machine for.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -11,6 +11,9 @@ with install_import_hook("adam_jax._moments", "beartype.beartype"):
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
+# For what is sharded. It has to be said before the first device is looked for.
+jax.config.update("jax_num_cpu_devices", 8)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,5 +1,7 @@
-"""The examples, run as a user runs them."""
+"""The examples, run as a user runs them, and those in docstrings."""
 
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -79,3 +81,11 @@ def test_a_wrong_value_is_one_line(arguments, message):
     assert message in finished.stderr
     assert len(finished.stderr.splitlines()) == 1
     assert finished.stdout == ""
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", ["_adam", "_convert", "_master_weights", "_sharding"])
+def test_docstrings(name):
+    results = doctest.testmod(importlib.import_module(f"adam_jax.{name}"))
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,0 +1,45 @@
+"""Compiling for a TPU and a GPU that are not here, by their compilers alone."""
+
+import importlib.util
+import os
+
+import jax
+
+COMPILERS = {
+    "libtpu": "libtpu",
+    "jax_cuda12_plugin": "jax-cuda12-plugin",
+    "nvidia": "nvidia-cuda-nvcc-cu12",
+}
+MISSING = [name for module, name in COMPILERS.items() if importlib.util.find_spec(module) is None]
+
+if MISSING:
+    collect_ignore_glob = ["*.py"]
+else:
+    # What looks for devices finds the CPU; and processes that each load a compiler may.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-grid", action="store_true", help="compile every setting, not only a covering set"
+    )
+
+
+def pytest_report_header():
+    if MISSING:
+        return (
+            f"tests/compiled: left out, without {', '.join(MISSING)}; "
+            "to run them: uv run --group compilers pytest tests/compiled"
+        )
+    return None
+
+
+def pytest_generate_tests(metafunc):
+    if "setting" in metafunc.fixturenames:
+        import steps
+
+        settings = steps.grid()
+        if not metafunc.config.getoption("full_grid"):
+            settings = steps.covering(settings)
+        metafunc.parametrize("setting", settings, ids=str)

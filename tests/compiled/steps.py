@@ -1,0 +1,181 @@
+"""The steps that are compiled for other devices: which, and what can be wrong with a program."""
+
+import collections
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+from hlo import Program
+from optimizers import ROWS, Row
+
+import adam_jax
+
+TARGETS = ("v5e", "h100")
+SCHEDULE = optax.cosine_decay_schedule(1e-3, 10_000)
+FORMATS = (None, "bfloat16", "int8")
+# The dtype of parameters and gradients, and the remainder, if they are in `master_weights`.
+WEIGHTS = (
+    ("float32", None),
+    ("bfloat16", None),
+    *(("bfloat16", remainder) for remainder in ("none", "int8", "int16", "float32")),
+)
+# Square and aligned, an embedding's (odd), a stack of layers, a convolution's.
+SHAPES = ((4096, 4096), (50257, 768), (12, 768, 3072), (3, 3, 512, 512))
+LARGE = 100_000  # elements; of biases and norms a step may make what it likes
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    row: Row
+    mu_format: str | None
+    nu_format: str | None
+    weights: tuple[str, str | None]
+    shape: tuple[int, ...]
+
+    def __str__(self):
+        dtype, remainder = self.weights
+        formats = f"{self.mu_format or 'float32'}-{self.nu_format or 'float32'}"
+        weights = f"{dtype}+{remainder}" if remainder else dtype
+        return "-".join([self.row.name, formats, weights, "x".join(map(str, self.shape))])
+
+    def optimizer(self):
+        inner = self.row.make(
+            learning_rate=SCHEDULE, mu_dtype=self.mu_format, nu_dtype=self.nu_format
+        )
+        _, remainder = self.weights
+        return inner if remainder is None else adam_jax.master_weights(inner, remainder)
+
+    def step(self):
+        """The end of a training step: from gradients to new parameters and state, in place."""
+        optimizer = self.optimizer()
+
+        def step(params, state, gradients):
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        # Unused arguments too, so that a program's are the leaves, in order.
+        return jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
+
+    def params(self, shapes=None):
+        dtype, _ = self.weights
+        return [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes or [self.shape]]
+
+
+def grid():
+    """Every optimizer x every format that it takes x every kind of weights x every shape."""
+    settings = []
+    rows = [row for row in ROWS if (row.mu_format, row.nu_format) == (None, None)]
+    for row, mu, nu in itertools.product(rows, FORMATS, FORMATS):
+        formats = {"mu_dtype": mu, "nu_dtype": nu}
+        try:
+            row.make(**formats)
+        except ValueError:  # refused, which tests/test_storage.py is about
+            continue
+        if all(format is None or row.takes(name) for name, format in formats.items()):
+            settings += [
+                Setting(row, mu, nu, weights, shape)
+                for weights, shape in itertools.product(WEIGHTS, SHAPES)
+            ]
+    return settings
+
+
+def covering(settings):
+    """So few of them that still each two of optimizer, formats, weights and shape meet."""
+
+    def pairs(setting):
+        formats = setting.mu_format, setting.nu_format
+        parts = setting.row.name, formats, setting.weights, setting.shape
+        return set(itertools.combinations(parts, 2))
+
+    left = set().union(*map(pairs, settings))
+    chosen = []
+    while left:
+        best = max(settings, key=lambda setting: len(pairs(setting) & left))
+        chosen.append(best)
+        left -= pairs(best)
+    return chosen
+
+
+def faults(compiled, params, state, gradients_read_twice):
+    """What is wrong with a compiled step, in words; nothing, if it is as it should be.
+
+    `gradients_read_twice` says of which leaves it may be read once more, for the largest of each
+    row. Leaves are told apart by their sizes: a leaf is an array of its size.
+    """
+    program = Program(compiled.as_text())
+    return [
+        *_not_in_place(program, params, state),
+        *_temporaries(compiled, params),
+        *_unwanted(program),
+        *_passes(program, params, gradients_read_twice),
+    ]
+
+
+def _not_in_place(program, params, state):
+    parameters = program.entry.parameters
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path((params, state))):
+        if leaf.ndim == 0:  # nothing is lost with 4 bytes
+            continue
+        over = program.aliased.get(i)
+        if over is None or parameters[over].arrays[0].shape != leaf.shape:
+            yield f"{jax.tree_util.keystr(path)} is not updated in place"
+
+
+def _temporaries(compiled, params):
+    elements = sum(leaf.size for leaf in jax.tree.leaves(params))
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / elements
+    if temporaries > 0.05:
+        yield f"{temporaries:.3f} bytes of temporaries per parameter"
+
+
+def _unwanted(program):
+    if "f64[" in program.text:
+        yield "float64"
+    for operation in ("infeed", "outfeed", "send", "recv", "while", "conditional"):
+        if operation in program.operations():
+            yield operation
+
+
+def _passes(program, params, gradients_read_twice):
+    """Passes over large leaves beyond the one that updates each of them."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    counts = collections.Counter(size for size in sizes if size >= LARGE)
+    again = collections.Counter(leaf.size for leaf in gradients_read_twice)
+    entry = program.entry.instructions
+    for size, count in counts.items():
+        writes, reads = [], []
+        for x in entry.values():
+            if x.operation in ("parameter", "tuple", "get-tuple-element", "bitcast") or _moves(x):
+                continue
+            if any(array.size == size for array in x.arrays):
+                writes.append(x)
+            elif any(array.size == size for name in x.operands for array in entry[name].arrays):
+                reads.append(x)
+        # Fewer, where the compiler has put leaves of a shape into one fusion.
+        if len(writes) > count or any(x.operation != "fusion" for x in writes):
+            yield f"{len(writes)} passes over {count} leaves of {size}: {_names(writes)}"
+        if len(reads) > again[size]:
+            yield f"{len(reads)} more that read {again[size]} leaves of {size}: {_names(reads)}"
+
+
+def _moves(x):
+    """Whether an operation only moves an array into a TPU's vector memory, or out of it.
+
+    That is where a fusion works, so that what has been moved before need not be read by it. The
+    compiler marks arrays there with S(1); a copy within the main memory would be a pass.
+    """
+    if (
+        x.operation.endswith("-done")
+        or x.attribute("custom_call_target", '"(.*?)"') == "ConcatBitcast"
+    ):
+        return True
+    if x.operation in ("copy-start", "slice-start"):
+        first, second, *_ = x.arrays
+        return ("S(1)" in first.layout) != ("S(1)" in second.layout)
+    return False
+
+
+def _names(instructions):
+    return ", ".join(f"{x.operation} {x.name}" for x in instructions)
