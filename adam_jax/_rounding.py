@@ -27,7 +27,7 @@ def random_bits(shape: tuple[int, ...], leaf: int | Word, draw: int | Word = 0) 
         # The barrier makes leaves of a shape differ in an argument, and not in a constant of their
         # code: XLA for GPU compiles them once.
         leaf = jax.lax.optimization_barrier(jnp.asarray(leaf, jnp.uint32))
-        key = _mix(_mix(leaf + np.uint32(1)) ^ jnp.uint32(draw) * _GOLDEN)
+        key = _mix(_mix(jnp.uint32(leaf) + np.uint32(1)) ^ jnp.uint32(draw) * _GOLDEN)
         index = jnp.zeros(shape, jnp.uint32)
         for axis, size in enumerate(shape):
             along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
