@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -628,3 +629,29 @@ def test_eval_shape(row):
     chex.assert_trees_all_equal_shapes_and_dtypes(
         jax.eval_shape(optimizer.init, params), optimizer.init(params)
     )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@each_row
+def test_export(row):
+    """A step serialized, for platforms that need not be here, and run again.
+
+    As a function of leaves: JAX serializes trees only of types that are registered for it, and
+    optax's states are not.
+    """
+    optimizer = row.make()
+    params = {"kernel": jnp.ones((64, 128), jnp.bfloat16), "bias": jnp.ones(128, jnp.bfloat16)}
+    gradients = jax.tree.map(lambda p: p / 3, params)
+    leaves, tree = jax.tree.flatten((params, optimizer.init(params), gradients))
+
+    @jax.jit
+    def step(*leaves):
+        params, state, gradients = tree.unflatten(leaves)
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree.leaves((optax.apply_updates(params, updates), state))
+
+    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(*leaves)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cpu", "cuda", "tpu")
+    for x, y in zip(again.call(*leaves), step(*leaves), strict=True):
+        np.testing.assert_array_equal(x, y)

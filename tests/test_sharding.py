@@ -186,6 +186,24 @@ def test_a_mesh_whose_axes_are_explicit(name):
         assert_same_bits(three_steps(step, params, state, gradients), on_one_device(name))
 
 
+@each_optimizer
+def test_state_on_the_host(name):
+    """Between steps, in the memory that the device can copy from (on a CPU a name, no more)."""
+    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
+    params, gradients = jax.device_put((random(0, dtype), random(1, dtype)), on(MESH))
+    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
+    hosted = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+    state = jax.device_put(optimizer.init(params), hosted)
+    step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
+    for scale in (1.0, -2.0, 0.5):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
+        state = jax.device_put(state, shardings)
+        scaled = jax.tree.map(lambda g, c=scale: g * c, gradients)
+        params, state = step(params, state, scaled)
+        state = jax.device_put(state, hosted)
+    assert_same_bits((params, state), on_one_device(name))
+
+
 def test_states_of_wrappers_and_chains():
     params = jax.device_put(
         {"w": jnp.ones((64, 128)), "frozen": {"v": jnp.ones((64, 128))}, "none": None},

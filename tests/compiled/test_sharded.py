@@ -1,0 +1,123 @@
+"""Compiled for a TPU's chips together: state in parts (ZeRO-1), and what is communicated for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hlo import Program
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from steps import LARGE, SCHEDULE, SHAPES
+from targets import tpu
+
+import adam_jax
+
+INT8 = adam_jax.adamw(SCHEDULE, mu_dtype="int8", nu_dtype="int8")
+KINDS = {
+    "float32": (adam_jax.adamw(SCHEDULE), jnp.float32),
+    "int8": (INT8, jnp.float32),
+    "7 bytes": (adam_jax.master_weights(INT8, "int8"), jnp.bfloat16),
+}
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_topology = pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4"])
+
+
+def placed(tree, shardings):
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def zero_1(topology, kind, shapes):
+    """A mesh of all chips; optimizer; parameters, replicated; their state, in parts."""
+    optimizer, dtype = KINDS[kind]
+    mesh = Mesh(np.array(tpu(topology)).ravel(), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = [jax.ShapeDtypeStruct(shape, dtype, sharding=replicated) for shape in shapes]
+    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
+    state = placed(jax.eval_shape(optimizer.init, params), shardings)
+    return mesh, optimizer, params, state
+
+
+def compiled_step(step, params, state, *args):
+    """The step, with parameters and state where they were before it."""
+    out_shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+    traced = jitted.trace(params, state, *args)
+    return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def collectives(compiled):
+    """All collective operations, with the name of the computation that each is in."""
+    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-", "reduce-scatter", "ragged-")
+    return [
+        (name, x)
+        for name, computation in Program(compiled.as_text()).computations.items()
+        for x in computation.instructions.values()
+        if x.operation.startswith(kinds) and not x.operation.endswith("-done")
+    ]
+
+
+def bytes_of(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@each_kind
+@each_topology
+def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, kind):
+    """Gradients come as a reduce-scatter has left them: in the parts of the state."""
+    mesh, optimizer, params, state = zero_1(topology, kind, SHAPES)
+
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    parts = adam_jax.state_shardings(optax.trace(0.9), params, axis="data").trace
+    compiled = compiled_step(step, params, state, placed(params, parts))
+    memory = compiled.memory_analysis()
+    # The scales of rows that are divided are not: 4 bytes for each row of the embedding's 768.
+    rows = 4 * SHAPES[1][0] if kind != "float32" else 0
+    expected = bytes_of(params) + (bytes_of(params) + bytes_of(state)) / mesh.size + rows
+    # A TPU keeps arrays in tiles: an embedding's part of 48 columns takes the room of 128.
+    padding = 1.02 if topology == "v5e:2x2" else 1.25
+    assert memory.argument_size_in_bytes < padding * expected
+    for _, x in collectives(compiled):
+        row_maximum = x.operation.startswith("all-reduce") and x.arrays[0].size < LARGE
+        assert x.operation.startswith("all-gather") or row_maximum, x
+
+
+@each_kind
+def test_gradients_are_reduced_and_scattered(kind):
+    """A whole data-parallel step: no chip has the sum of all gradients.
+
+    On 16 chips the compiler prefers to add up gradients as small as these on all of them.
+    """
+    mesh, optimizer, params, state = zero_1("v5e:2x2", kind, [(2048, 1024), (1024, 2048)])
+
+    def step(params, state, inputs):
+        def loss(params):
+            first, second = params
+            outputs = jax.nn.relu(inputs @ first) @ second
+            return jnp.mean(jnp.square(outputs).astype(jnp.float32))
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.ShapeDtypeStruct((1024, 2048), params[0].dtype, sharding=divided)
+    found = collectives(compiled_step(step, params, state, batch))
+    large = [(name, x) for name, x in found if x.arrays[0].size >= LARGE]
+    scattered = [
+        name
+        for name, x in large
+        # XLA for TPU writes one as a fusion of an all-reduce and a slice.
+        if x.operation == "reduce-scatter" or "all-reduce-scatter" in name
+    ]
+    gathered = [name for name, x in large if x.operation.startswith("all-gather")]
+    assert scattered
+    assert gathered
+    assert len(large) == len(scattered) + len(gathered), large
