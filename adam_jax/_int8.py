@@ -125,7 +125,9 @@ def _from_reciprocal(y: RealLeaf, sign: Words, q: RealLeaf) -> RealLeaf:
 def _rounded(x: RealLeaf) -> Codes:
     """The nearest whole number, for |x| < 2^22."""
     # Near 1.5 2^23, where all numbers are whole, patterns count by ones. A cast costs more: it
-    # has to say what becomes of NaN and of large numbers.
+    # has to say what becomes of NaN and of large numbers. (If x is a constant of the program plus
+    # noise, XLA adds the two constants first, and loses the fraction: the code is off by up to 1.
+    # That takes a gradient and a state that are both constants.)
     return jax.lax.bitcast_convert_type(x + _WHOLE, jnp.int32) - _WHOLE.view(np.int32)
 
 
