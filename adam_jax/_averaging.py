@@ -109,8 +109,12 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
 def _average_leaf(average: Leaf, param: Leaf, b: Decay) -> Leaf:
     dtype = jnp.finfo(average.dtype).dtype
     b = jax.tree.map(lambda x: jnp.asarray(x, dtype), b)
+    wide = param.astype(average.dtype)
+    if param.dtype == jnp.bfloat16:
+        # XLA for GPU drops the cast to bfloat16 that this one undoes, and with it the rounding.
+        wide = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
     with jax.numpy_dtype_promotion("standard"):  # complex leaves meet real scalars
-        return decayed(average, param.astype(average.dtype), b)
+        return decayed(average, wide, b)
 
 
 @jax.jit

@@ -20,8 +20,9 @@ optax's. It takes some six minutes. The columns:
 - peak bytes: per parameter, the most that the library's allocator had handed out at one time, so
   with the gradients. On a CPU nobody counts.
 
-A leaf that is rounded at random is compiled by itself, equal in shape to others or not, which
-takes minutes for a thousand of them: those run in the settings of MANY_LEAVES alone.
+Where moments are rounded at random, a leaf has so many operations that the compiler takes some
+tenths of a second for it, and minutes for a thousand: those run in the settings of MANY_LEAVES
+alone.
 """
 
 # pyright: basic
