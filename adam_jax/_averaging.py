@@ -10,6 +10,7 @@ from adam_jax import _storage
 from adam_jax._checks import check_decay, check_leaves, only_state
 from adam_jax._moments import Decay, bias_correction, decayed
 from adam_jax._moments import decay as prepare
+from adam_jax._rounding import nearest
 from adam_jax._types import Leaf, RealLeaf, Scalar
 
 _PLAIN = _storage.Moment(format=None, real=False)
@@ -109,12 +110,10 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
 def _average_leaf(average: Leaf, param: Leaf, b: Decay) -> Leaf:
     dtype = jnp.finfo(average.dtype).dtype
     b = jax.tree.map(lambda x: jnp.asarray(x, dtype), b)
-    wide = param.astype(average.dtype)
-    if param.dtype == jnp.bfloat16:
-        # XLA for GPU drops the cast to bfloat16 that this one undoes, and with it the rounding.
-        wide = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+    # The average is of parameters as they are stored.
+    param = nearest(param.astype(average.dtype), param.dtype)
     with jax.numpy_dtype_promotion("standard"):  # complex leaves meet real scalars
-        return decayed(average, wide, b)
+        return decayed(average, param.astype(average.dtype), b)
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from adam_jax._types import RealLeaf, Word, Words
+from adam_jax._types import Leaf, RealLeaf, Word, Words
 
 Remainder = Int[Array, "*leaf"]  # what a 16-bit number lacks, in fractions of its ulp
 
@@ -57,6 +57,14 @@ def centred(bits: Words) -> RealLeaf:
     """Random bits as float32 numbers in [-1/2, 1/2), multiples of 2^-23."""
     one_to_two = bits >> np.uint32(9) | np.uint32(0x3F800000)
     return jax.lax.bitcast_convert_type(one_to_two, jnp.float32) - 1.5
+
+
+def nearest(x: Leaf, dtype: DTypeLike) -> Leaf:
+    """Rounds to nearest, also where a cast back follows."""
+    if dtype == jnp.bfloat16:
+        # XLA for GPU drops a cast that is undone afterwards, and this way it has nothing to drop.
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 # A 16-bit float with 16 more bits of fraction is a word of 32: its upper half is the pattern of the

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax import _int8
 from adam_jax._moments import arithmetic_dtype, real_dtype
-from adam_jax._rounding import centred, join, random_bits, split, turned
+from adam_jax._rounding import centred, join, nearest, random_bits, split, turned
 from adam_jax._types import Leaf, RealLeaf, StorageFormat, Word, Words
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -216,7 +216,7 @@ def encode(
     else:
         mu = _rounded(m, mu_like.dtype, mu_words)
         m = _widen(mu, dtype)
-    others = [_nearest(x, like.dtype) for x, like in zip(others, others_like, strict=True)]
+    others = [nearest(x, like.dtype) for x, like in zip(others, others_like, strict=True)]
     stored = (m, v, *(_widen(x, dtype) for x in others))
     if levels == _int8.SHARED:
         return _int8.join(mu, codes), stored
@@ -311,16 +311,8 @@ def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None) -> Leaf:
     """Rounds to nearest, and to bfloat16 at random."""
     # A moment that moves by less than half an ulp a step would, to nearest, never move.
     if dtype != jnp.bfloat16 or words is None:
-        return _nearest(x, dtype)
+        return nearest(x, dtype)
     rounded, _ = split(x.astype(jnp.float32), dtype, kept=0, bits=words)
     # The cast changes nothing but makes XLA on CPU keep the result, which it would otherwise
     # compute again for the step, with a copy of the old moment.
     return join(rounded).astype(dtype)
-
-
-def _nearest(x: Leaf, dtype: DTypeLike) -> Leaf:
-    """Rounds to nearest."""
-    if dtype == jnp.bfloat16:
-        # XLA for GPU drops a cast that is undone afterwards, and this way it has nothing to drop.
-        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return x.astype(dtype)

@@ -38,7 +38,7 @@ def results(report, place=None):
         file = case.get("classname").replace(".", "/") + ".py"
         if not Path(file).exists():
             file = NOTEBOOKS
-        device = re.search(r"\b(v5e|h100)\b", parameters)
+        device = re.search(rf"\b({'|'.join(COMPILED)})\b", parameters)
         outcome, reason = "passed", ""
         for part in case:
             if part.tag in ("failure", "error"):
@@ -103,13 +103,14 @@ def main():
         "--ran", nargs=2, metavar=("WHERE", "REPORT"), help="a GPU with a date, and its report"
     )
     options = parser.parse_args()
-    where, report = options.ran or ("ran on a GPU: not yet", None)
     # A set, since with the compilers installed the first report has what the second has.
     found = {*results(options.cpu), *results(options.compiled)}
-    if report:
-        found |= {*results(report, f"ran on {where}")}
-        where = f"ran on {where}"
-    print("\n".join(page(found, [CPU, *COMPILED.values(), where])))
+    gpu = "ran on a GPU: not yet"
+    if options.ran:
+        where, report = options.ran
+        gpu = f"ran on {where}"
+        found |= {*results(report, gpu)}
+    print("\n".join(page(found, [CPU, *COMPILED.values(), gpu])))
 
 
 if __name__ == "__main__":
