@@ -103,6 +103,23 @@ def scale_by_adam(
 
     With `mu_dtype` or `nu_dtype` they are bfloat16, or int8 codes, in which case `nu` is an
     `Int8Moment` of two trees. Each step is taken from the moments as they are stored.
+
+    Args:
+        b1: as in `adam`.
+        b2: as in `adam`.
+        eps: as in `adam`.
+        eps_root: as in `adam`.
+        mu_dtype: as in `adam`.
+        nu_dtype: as in `adam`.
+        nesterov: as in `adam`.
+
+    Returns:
+        An optax gradient transformation. Its updates are shaped like the gradients, in their
+        dtype.
+
+    Raises:
+        ValueError: as `adam`.
+        TypeError: as `adam`.
     """
     return scale_by(_algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov))
 
@@ -163,7 +180,7 @@ def adam(
         TypeError: for a parameter or gradient of integer dtype, naming its path, and for a
             complex parameter whose m would be in bfloat16 or int8.
 
-    Example:
+    Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
         >>> optimizer = adam_jax.adam(learning_rate=0.1)
         >>> params = jnp.array([1.0, -2.0])
@@ -210,6 +227,9 @@ def adamw(
         nu_dtype: as in `adam`.
         nesterov: as in `adam`.
 
+    Returns:
+        An optax gradient transformation. Its state equals that of `optax.adamw`, leaf for leaf.
+
     Raises:
         ValueError: as `adam`; and in `update` when called without parameters.
         TypeError: as `adam`.
@@ -227,10 +247,15 @@ def nadam(
     mu_dtype: StorageFormat = None,
     nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adam` with `nesterov=True`.
+    """NAdam, [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
 
-    Dozat's report also warms b1 up over the first few hundred steps (torch's `momentum_decay`);
-    like optax's, this one does not.
+    `adam` with `nesterov=True`: where Adam steps along m^, this looks one step of m ahead,
+
+        update = -alpha m^ / (sqrt(v^ + eps_root) + eps)
+        m^ = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)
+
+    Arguments, state, dtypes and errors are those of `adam`. Dozat's report also warms b1 up over
+    the first few hundred steps (torch's `momentum_decay`); like optax's, this one does not.
     """
     return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov=True)
 
@@ -247,7 +272,12 @@ def nadamw(
     *,
     nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adamw` with `nesterov=True`."""
+    """NAdam with decoupled weight decay: `adamw` with `nesterov=True`.
+
+        update = -alpha (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay theta)
+
+    with the m^ of `nadam`. Arguments, state, dtypes and errors are those of `adamw`.
+    """
     return adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask,
         nu_dtype=nu_dtype, nesterov=True,

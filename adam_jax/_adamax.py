@@ -76,7 +76,8 @@ def scale_by_adamax(
     """AdaMax's direction m^ / u, with neither sign nor learning rate.
 
     `adamax` gives the equations, the arguments and the errors. The state is
-    `optax.ScaleByAdamState`, as in `scale_by_adam`, with u for `nu`.
+    `optax.ScaleByAdamState`, as in `scale_by_adam`, with u for `nu`: `mu` and `nu` are shaped
+    like the parameters, float32, or bfloat16 where that is asked for.
     """
     return scale_by(_algorithm(b1, b2, eps, mu_dtype, nu_dtype))
 
@@ -114,6 +115,10 @@ def adamax(
         nu_dtype: how u is stored: likewise. Not "int8": u is a maximum, and a maximum of numbers
             rounded at random would keep the largest rounding error.
 
+    Returns:
+        An optax gradient transformation. Its state is that of `scale_by_adamax`, and equals that
+        of `optax.adamax`, leaf for leaf.
+
     Raises:
         ValueError: as `adam`.
         TypeError: as `adam`.
@@ -132,8 +137,11 @@ def adamaxw(
     mu_dtype: StorageFormat = None,
     nu_dtype: StorageFormat = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adamax` with decoupled weight decay: `weight_decay` and `mask` are those of `adamw`.
+    """AdaMax with decoupled weight decay.
 
-    update = -alpha (m / ((1 - b1^t) u) + weight_decay theta)
+        update = -alpha (m / ((1 - b1^t) u) + weight_decay theta)
+
+    `weight_decay` and `mask` are those of `adamw`, the other arguments, the state, dtypes and
+    errors those of `adamax`. `update` needs the parameters theta.
     """
     return descend(_algorithm(b1, b2, eps, mu_dtype, nu_dtype), learning_rate, weight_decay, mask)

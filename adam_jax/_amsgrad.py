@@ -115,8 +115,8 @@ def scale_by_amsgrad(
     """AMSGrad's direction, with neither sign nor learning rate.
 
     `amsgrad` gives the equations, the arguments and the errors. The state is
-    `optax.ScaleByAmsgradState`: that of `scale_by_adam` and `nu_max`, which is stored like `nu`
-    and holds v_max.
+    `optax.ScaleByAmsgradState`: that of `scale_by_adam` and `nu_max`, which is shaped and stored
+    like `nu` and holds v_max.
     """
     return scale_by(
         _algorithm(
@@ -170,6 +170,10 @@ def amsgrad(
         maximum: "raw" or "corrected": what the maximum is taken of.
         nu_dtype: how v and v_max are stored: None, "float32" or "bfloat16". Not "int8": a maximum
             of numbers rounded at random would keep the largest rounding error for good.
+
+    Returns:
+        An optax gradient transformation. Its state is that of `scale_by_amsgrad`, and equals that
+        of `optax.amsgrad`, leaf for leaf.
 
     Raises:
         ValueError: as `adam`, and for any other `maximum`.

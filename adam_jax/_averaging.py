@@ -17,13 +17,19 @@ _PLAIN = _storage.Moment(format=None, real=False)
 
 
 class AverageParamsState(NamedTuple):
-    """State of `average_params`."""
+    """State of `average_params`.
+
+    Attributes:
+        count: int32, shape (): t, the number of steps averaged over.
+        weight: float32, shape (): 1 - decay^t, the sum of the average's weights.
+        average: theta_avg, biased towards zero: shaped like the parameters, float32 or wider.
+        inner_state: the state of the optimizer inside.
+    """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    # ^ int32, shape (): t, the number of steps averaged over
-    weight: jax.Array  # float32, shape (): 1 - decay^t, the sum of the average's weights
-    average: optax.Params  # theta_avg, biased towards zero; stored like a first moment
-    inner_state: Any  # the state of the optimizer inside
+    weight: jax.Array
+    average: optax.Params
+    inner_state: Any
 
 
 def average_params(
@@ -43,6 +49,10 @@ def average_params(
     Args:
         inner: any optax gradient transformation.
         decay: in [0, 1); the average looks back over about 1 / (1 - decay) steps.
+
+    Returns:
+        An optax gradient transformation with an `AverageParamsState`: one more float32 for each
+        parameter, or what is as wide as the parameter.
 
     Raises:
         ValueError: for a decay out of range, and in `update` when called without parameters.
@@ -96,6 +106,9 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
     Args:
         params: the current parameters; returned as they are before the first step.
         state: an optimizer state with one `average_params` state in it, at any depth.
+
+    Returns:
+        A tree shaped like `params`.
 
     Raises:
         ValueError: when there is no such state, or more than one.

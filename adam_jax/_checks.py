@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from adam_jax._types import KeyPath, Scalar
 
 T = TypeVar("T")
+WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
 
 
 def check_decay(name: str, b: Scalar) -> None:
@@ -125,10 +127,27 @@ def check_real(format: str, params: Any) -> None:
             )
 
 
+def states_of(kind: type[T], state: Any) -> list[T]:
+    """All states of this kind in an optimizer's state, at any depth."""
+    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
+    return list(filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))
+
+
+def states_with_moments(state: Any) -> list[Any]:
+    """Those of `scale_by_adam`, `scale_by_amsgrad` and `scale_by_adamax`, or a ValueError."""
+    found = [x for kind in WITH_MOMENTS for x in states_of(kind, state)]
+    if not found:
+        raise ValueError(
+            f"found no state of scale_by_adam, scale_by_amsgrad or scale_by_adamax in "
+            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
+            "restore it onto a state from init."
+        )
+    return found
+
+
 def only_state(kind: type[T], wrapper: str, state: Any) -> T:
     """The state of this kind in an optimizer's state, or a ValueError unless there is just one."""
-    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
-    found = list(filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))
+    found = states_of(kind, state)
     if len(found) != 1:
         raise ValueError(
             f"expected one {wrapper} state, found {len(found)} in {type(state).__name__}. Pass "

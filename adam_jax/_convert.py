@@ -9,6 +9,7 @@ import optax
 
 from adam_jax import _storage
 from adam_jax._amsgrad import NU_MAX_IS_A_MAXIMUM
+from adam_jax._checks import WITH_MOMENTS, states_with_moments
 from adam_jax._moments import real_dtype
 from adam_jax._storage import Draw, Moment, Stored
 from adam_jax._types import StorageFormat
@@ -21,8 +22,7 @@ def convert_state(
 
     What it returns is what an optimizer made with these `mu_dtype` and `nu_dtype` goes on from;
     states of `optax.adam`, with whatever `mu_dtype`, are accepted too. They are rounded as a step
-    rounds them, in bfloat16 and int8 at random. In int8 a row's scale
-    starts as its largest nu.
+    rounds them, in bfloat16 and int8 at random. In int8 a row's scale starts as its largest nu.
 
     Args:
         state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
@@ -30,11 +30,15 @@ def convert_state(
         mu_dtype: as in `adam`.
         nu_dtype: as in `adam`; for AMSGrad that of v_max too.
 
+    Returns:
+        A state of the same types. Arrays of moments keep their shapes and have the dtypes of the
+        new formats; in int8, nu is an `Int8Moment`.
+
     Raises:
         ValueError: for an unknown storage format, for AMSGrad's nu in int8, and for a state
             without moments.
 
-    Example:
+    Examples:
         >>> import adam_jax, jax.numpy as jnp
         >>> params = jnp.ones((64, 64))
         >>> state = adam_jax.adam(1e-3).init(params)
@@ -44,19 +48,14 @@ def convert_state(
     """
     mu = Moment(_storage.storage_format("mu_dtype", mu_dtype), real=False)
     nu = Moment(_storage.storage_format("nu_dtype", nu_dtype), real=True)
-    if not any(map(_has_moments, jax.tree.leaves(state, is_leaf=_has_moments))):
-        raise ValueError(
-            f"found no state of scale_by_adam, scale_by_amsgrad or scale_by_adamax in "
-            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
-            "restore it onto a state from init."
-        )
+    states_with_moments(state)  # there must be one
     return jax.tree.map(
         lambda x: _converted(x, mu, nu) if _has_moments(x) else x, state, is_leaf=_has_moments
     )
 
 
 def _has_moments(x: Any) -> bool:
-    return isinstance(x, optax.ScaleByAdamState | optax.ScaleByAmsgradState)
+    return isinstance(x, WITH_MOMENTS)
 
 
 def _converted(state: Any, mu: Moment, nu: Moment) -> Any:

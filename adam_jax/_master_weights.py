@@ -19,13 +19,18 @@ _LOW = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
 
 class MasterWeightsState(NamedTuple):
-    """State of `master_weights`."""
+    """State of `master_weights`.
+
+    Attributes:
+        count: int32, shape (): the number of steps, and of draws of random bits.
+        remainder: shaped like the parameters, int8, int16 or float32; the empty tuple for
+            "none". A leaf that needs none, being float32 or wider, has one of shape ().
+        inner_state: the state of the optimizer inside, which sees float32 weights.
+    """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    # ^ int32, shape (): the number of steps, and of draws of random bits
-    remainder: optax.Params  # shaped like the parameters, int8, int16 or float32; () for "none"
-    # ^ a leaf that needs none, being float32 or wider, has one of shape ()
-    inner_state: Any  # the state of the optimizer inside, which sees float32 weights
+    remainder: optax.Params
+    inner_state: Any
 
 
 def master_weights(
@@ -86,7 +91,7 @@ def master_weights(
             gradients that do not fit them.
         TypeError: in `init`, for a parameter of integer dtype, naming its path.
 
-    Example:
+    Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
         >>> optimizer = adam_jax.master_weights(adam_jax.adamw(1e-3), "int16")
         >>> params = jnp.array([1.0, -2.0], jnp.bfloat16)
@@ -108,12 +113,12 @@ def master_weights(
         if remainder != _NOTHING:
             dtype = _FORMATS[remainder]
             remainders = jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype, shape=None if _is_low(p) else ()), params
+                lambda p: jnp.zeros_like(p, dtype, shape=None if is_low(p) else ()), params
             )
         return MasterWeightsState(
             count=jnp.zeros([], jnp.int32),
             remainder=remainders,
-            inner_state=inner.init(jax.tree.map(_master_leaf, params)),
+            inner_state=inner.init(jax.tree.map(master_leaf, params)),
         )
 
     def update(
@@ -134,7 +139,7 @@ def master_weights(
             if stored
             else [None] * len(gradients)
         )
-        masters = [_master_leaf(p, r) for p, r in zip(old_params, remainders, strict=True)]
+        masters = [master_leaf(p, r) for p, r in zip(old_params, remainders, strict=True)]
         steps, inner_state = inner.update(
             tree.unflatten([_widened(g, p) for g, p in zip(gradients, old_params, strict=True)]),
             state.inner_state,
@@ -145,7 +150,7 @@ def master_weights(
         count = jnp.asarray(optax.safe_increment(state.count))
         leaves = zip(steps, old_params, masters, remainders, strict=True)
         outcome = [
-            (u, r) if u is None or not _is_low(p) else _step_leaf(u, p, w, r, np.uint32(i), count)
+            (u, r) if u is None or not is_low(p) else _step_leaf(u, p, w, r, np.uint32(i), count)
             for i, (u, p, w, r) in enumerate(leaves)
         ]
         return tree.unflatten([u for u, _ in outcome]), MasterWeightsState(
@@ -165,13 +170,16 @@ def master_params(params: optax.Params, state: Any) -> optax.Params:
             as they are.
         state: an optimizer state with one `master_weights` state in it, at any depth.
 
+    Returns:
+        A tree shaped like `params`, float32 where these are bfloat16 or float16.
+
     Raises:
         ValueError: when there is no such state, or more than one.
     """
     remainder = only_state(MasterWeightsState, "master_weights", state).remainder
     if not jax.tree.leaves(remainder):
-        return jax.tree.map(_master_leaf, params)
-    return jax.tree.map(_master_leaf, params, remainder)
+        return jax.tree.map(master_leaf, params)
+    return jax.tree.map(master_leaf, params, remainder)
 
 
 def load_master_params(
@@ -191,12 +199,12 @@ def load_master_params(
         state: an optimizer state with one `master_weights` state in it, at any depth.
 
     Returns:
-        (parameters, state)
+        The parameters, in the dtypes of `params`, and the state.
 
     Raises:
         ValueError: when there is no such state, or more than one.
 
-    Example:
+    Examples:
         >>> import adam_jax, jax, jax.numpy as jnp
         >>> optimizer = adam_jax.master_weights(adam_jax.adamw(1e-3), "int16")
         >>> master = jnp.array([0.1, -0.7])
@@ -225,16 +233,18 @@ def _is_state(x: Any) -> bool:
     return isinstance(x, MasterWeightsState)
 
 
-def _is_low(leaf: Any) -> bool:
+def is_low(leaf: Any) -> bool:
+    """Whether a parameter is stored in fewer bits than it is trained in."""
     return getattr(leaf, "dtype", np.float32) in _LOW
 
 
-def _master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
-    return _joined(param, remainder) if _is_low(param) else param
+def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
+    """The float32 weight of which a parameter is the upper bits; other parameters as they are."""
+    return _joined(param, remainder) if is_low(param) else param
 
 
 def _widened(gradient: Any, param: Any) -> Any:
-    return gradient if gradient is None or not _is_low(param) else jnp.asarray(gradient, np.float32)
+    return gradient if gradient is None or not is_low(param) else jnp.asarray(gradient, np.float32)
 
 
 def _quiet(x: RealLeaf) -> RealLeaf:

@@ -46,7 +46,7 @@ def decay(b: Scalar) -> Decay:
 
 
 def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
-    """B average + (1 - b) new, as a step from whichever of the two weighs more.
+    """The average b average + (1 - b) new, as a step from whichever of the two weighs more.
 
     In float32 the two weights of the textbook form do not sum to 1; a step from `average` (or
     from `new`, when b < 1/2) has no such bias, and b = 0 returns `new` exactly.

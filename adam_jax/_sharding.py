@@ -42,7 +42,7 @@ def state_shardings(
         ValueError: for a parameter without a `NamedSharding`, naming its path, for parameters on
             more than one mesh, or for an axis that their mesh lacks.
 
-    Example:
+    Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
         >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
         >>> mesh = Mesh(jax.devices()[:1], ("data",))

@@ -29,10 +29,14 @@ class Int8Moment(NamedTuple):
 
     A leaf that is too small for 8 bits (fewer than 4096 elements, or a last axis shorter than
     32) has its moment itself in `codes`, in float32, and a scale of shape ().
+
+    Attributes:
+        codes: uint8, shaped like the parameter.
+        scales: float32, (..., 1): for each row, the same average as nu, of its largest |g|^2.
     """
 
-    codes: Any  # uint8, shaped like the parameter
-    scales: Any  # float32, (..., 1): for each row, the same average as nu, of its largest |g|^2
+    codes: Any
+    scales: Any
 
 
 Moments = tuple[Leaf, RealLeaf, *tuple[RealLeaf, ...]]  # of one leaf: mu, nu and others
@@ -182,6 +186,15 @@ def load(stored: Stored, dtype: DTypeLike, step: Word) -> Moments:
     else:
         m = _widen(mu, dtype)
     return (m, v, *(_widen(x, dtype) for x in others))
+
+
+def at_smallest(stored: Stored) -> jax.Array:
+    """Where a leaf's nu is the smallest number that its format has: code 0, or 0."""
+    mu, nu, *_ = stored
+    codes, _ = _parts(nu)
+    if _levels(mu, codes) == _int8.SHARED:
+        _, codes = _int8.split(mu, codes)
+    return codes == 0
 
 
 def encode(

@@ -2,11 +2,14 @@
 
     uv run examples/gpt.py
     uv run examples/gpt.py --param-dtype bfloat16 --remainder int8 --mu-dtype int8 --nu-dtype int8
+    uv run examples/gpt.py --logdir out/logs
+    uv run --with tensorboard tensorboard --logdir out/logs
 
 The default settings take about two minutes on two CPU cores. The text is on every machine that
 runs Python: nothing is downloaded. Every tenth file is held out. The second command keeps weights,
-gradients and optimizer state in 7 bytes per parameter instead of 16. Losses compare between runs
-under one version of Python, since every version has a text of its own.
+gradients and optimizer state in 7 bytes per parameter instead of 16. The third one writes
+down what `adam_jax.step_statistics` says of every tenth step, and the last shows it. Losses compare between runs under one version
+of Python, since every version has a text of its own.
 """
 
 # pyright: basic
@@ -29,6 +32,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from mnist import Parser, bytes_per_parameter, make_optimizer
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import adam_jax
@@ -105,7 +109,9 @@ def mean_loss(graph: Any, params: Any, windows: jax.Array) -> jax.Array:
 
 # Donated, the old weights and moments give their memory to the new ones: no second copy.
 @functools.partial(
-    jax.jit, static_argnames=("graph", "optimizer", "batch_shape"), donate_argnames="carry"
+    jax.jit,
+    static_argnames=("graph", "optimizer", "batch_shape", "watched"),
+    donate_argnames="carry",
 )
 def train_steps(
     graph: Any,
@@ -115,18 +121,25 @@ def train_steps(
     steps: jax.Array,
     text: jax.Array,
     key: jax.Array,
-) -> tuple[tuple[Any, Any], jax.Array]:
-    """The parameters and the optimizer's state after the numbered steps, and each step's loss."""
+    watched: bool = False,
+) -> tuple[tuple[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
+    """The parameters and the optimizer's state after the numbered steps.
+
+    And each step's loss, and its statistics if it is watched.
+    """
     size, length = batch_shape
 
-    def step(carry: tuple[Any, Any], number: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
-        params, state = carry
+    def step(carry: tuple[Any, Any], number: jax.Array) -> tuple[tuple[Any, Any], Any]:
+        params, old_state = carry
         step_key = jax.random.fold_in(key, number)
         starts = jax.random.randint(step_key, (size, 1), 0, len(text) - length + 1)
         batch = text[starts + jnp.arange(length)]
         loss, gradients = jax.value_and_grad(functools.partial(mean_loss, graph))(params, batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), loss
+        updates, state = optimizer.update(gradients, old_state, params)
+        statistics = {}
+        if watched:
+            statistics = adam_jax.step_statistics(updates, state, params, old_state=old_state)
+        return (optax.apply_updates(params, updates), state), (loss, statistics)
 
     return jax.lax.scan(step, carry, steps)
 
@@ -180,27 +193,35 @@ def train(
 
     losses, held_out_losses, speeds = [], {}, []
     stages = np.array_split(np.arange(settings.steps), min(EVALUATIONS, settings.steps))
+    watched = settings.logdir is not None
     # With disable=None there is no bar where it could not move, such as in a log file.
-    with tqdm(
-        total=settings.steps * tokens_per_step,
-        unit=" tokens",
-        unit_scale=True,
-        leave=False,
-        disable=None,
-    ) as bar:
+    with (
+        tqdm(
+            total=settings.steps * tokens_per_step,
+            unit=" tokens",
+            unit_scale=True,
+            leave=False,
+            disable=None,
+        ) as bar,
+        SummaryWriter(settings.logdir, write_to_disk=watched) as writer,
+    ):
         for stage in stages:
             for steps in np.split(stage, range(STEPS_PER_CALL, len(stage), STEPS_PER_CALL)):
                 began = time.perf_counter()
-                carry, new = train_steps(
-                    graph, optimizer, batch_shape, carry, jnp.asarray(steps), training, key
+                carry, (new, statistics) = train_steps(
+                    graph, optimizer, batch_shape, carry, jnp.asarray(steps), training, key, watched
                 )
                 losses.extend(np.asarray(new))
                 speeds.append(len(steps) * tokens_per_step / (time.perf_counter() - began))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update(len(steps) * tokens_per_step)
+                writer.add_scalar("loss/training", losses[-1], len(losses))
+                for name, values in jax.device_get(statistics).items():
+                    writer.add_scalar(name, values[-1], len(losses))
             # An eighth of the held-out text shows how it goes, all of it comes at the end.
             part = windows if len(losses) == settings.steps else windows[::8]
             held_out_losses[len(losses)] = loss = float(held_out_loss(graph, carry[0], part))
+            writer.add_scalar("loss/held_out", loss, len(losses))
             bar.write(
                 f"step {len(losses):5}: training loss {np.mean(losses[-len(stage) :]):.4f}, "
                 f"held-out loss {loss:.4f}"
@@ -265,6 +286,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--context", type=int, default=128, metavar="N", help="bytes that the model sees")
     add("--prompt", default="def ", metavar="TEXT", help="what the sample begins with")
     add("--temperature", type=float, default=0.8, metavar="T", help="of the sample")
+    add("--logdir", type=Path, metavar="DIR", help="for TensorBoard: losses, and how steps go")
     parser.add_training_flags(
         VARIANTS, learning_rate=4e-3, batch_size=16, output=Path("out/gpt.png")
     )

@@ -42,12 +42,29 @@ def test_linen_mnist_learns():
 SEVEN_BYTES = "--param-dtype bfloat16 --remainder int8 --mu-dtype int8 --nu-dtype int8"
 
 
+def scalars(logdir):
+    """What TensorBoard would read: the value of each name and step."""
+    from tensorboardX.proto.event_pb2 import Event  # not there with the oldest versions
+
+    (file,) = logdir.iterdir()
+    data, at, found = file.read_bytes(), 0, {}
+    while at < len(data):
+        # A record is its length in 8 bytes, a checksum in 4, an event, and a checksum in 4.
+        end = at + 12 + int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : end])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        at = end + 4
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "memory"), [("", 12), (SEVEN_BYTES, 5)])
 def test_gpt_learns_and_plots(tmp_path, flags, memory):
     plot = tmp_path / "plots" / "gpt.png"
     tiny = "--steps 100 --layers 1 --width 64 --context 32 --learning-rate 0.01"
-    finished = run(f"examples/gpt.py {tiny} {flags}", "--prompt", "import ", "--output", str(plot))
+    logdir = tmp_path / "logs"
+    paths = ["--output", str(plot), "--logdir", str(logdir)]
+    finished = run(f"examples/gpt.py {tiny} {flags}", "--prompt", "import ", *paths)
     assert finished.returncode == 0, finished.stderr
     *_, sample_and_summary = finished.stdout.partition("\n\nimport ")
     summary = sample_and_summary.splitlines()[-1]
@@ -56,6 +73,13 @@ def test_gpt_learns_and_plots(tmp_path, flags, memory):
     assert float(re.search(r"(\d+\.\d) bytes per parameter", summary)[1]) < memory + 0.5
     assert plot.read_bytes().startswith(b"\x89PNG\r\n")
     assert plot.stat().st_size > 10_000
+    logged = scalars(logdir)
+    assert logged["loss/training", 100] < logged["loss/training", 10]
+    loss = float(re.search(r"held-out loss (\d+\.\d+) nats", summary)[1])
+    assert abs(logged["loss/held_out", 100] - loss) < 1e-4
+    assert 0 < logged["update_rms/blocks/0/dense_in/kernel", 50] < 0.02  # the rate is 0.01
+    assert 0 < logged["signal_to_noise", 100] < 2
+    assert (("remainder_use", 100) in logged) == bool(flags)
 
 
 @pytest.mark.slow

@@ -1,0 +1,227 @@
+"""What a step did, in a few numbers for each leaf: for whoever watches a training."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import check_decay, flatten_up_to, states_of, states_with_moments
+from adam_jax._master_weights import MasterWeightsState, is_low, master_leaf
+from adam_jax._moments import (
+    Decay,
+    abs_sq,
+    arithmetic_dtype,
+    bias_correction,
+    decay,
+    real_dtype,
+    sqrt,
+)
+from adam_jax._rounding import split
+from adam_jax._storage import Int8Moment, Stored
+from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar
+
+_ROOTS = ("update_rms", "param_rms", "signal_to_noise", "remainder_use")  # of means of squares
+
+
+def step_statistics(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    infinity_norm: bool = False,
+    old_state: Any = None,
+) -> dict[str, jax.Array]:
+    r"""A step in a few numbers, for each leaf and overall, as any logger takes them.
+
+    | name | what it is |
+    |---|---|
+    | `update_rms` | root mean square of the update, in units of the parameters |
+    | `param_rms` | root mean square of the parameters before the step |
+    | `update_to_param` | their ratio; infinite where parameters are all 0 and the update is not |
+    | `signal_to_noise` | root mean square of the ratio m^ / sqrt(v^) |
+    | `near_bound` | share of the coordinates whose ratio is more than half of its bound |
+    | `nu_at_smallest` | share of nu at the smallest value its format has: code 0 in int8, else 0 |
+    | `remainder_use` | how much of the bits that `master_weights` keeps is in use, from 0 to 1 |
+
+    A name alone is the key of a statistic over all elements of all leaves; for one leaf the key
+    is `name/path`, with `/` between the parts of the leaf's path as well.
+
+    The ratio is a signal-to-noise ratio (section 2.1 of
+    [Kingma and Ba, 2015](https://arxiv.org/abs/1412.6980)): 1 where gradients agree, and
+    sqrt((1 - b1) / (1 + b1)), by default 0.23, where they are noise. By Cauchy and Schwarz,
+
+        |m^| / sqrt(v^) <= (1 - b1) sqrt((1 + r + ... + r^(t-1)) / (1 - b2)) c,   r = b1^2 / b2
+        c = sqrt(1 - b2^t) / (1 - b1^t)
+
+    which with the defaults is 1 at the first step, where every coordinate is at its bound, and
+    7.27 in the long run. Moments in bfloat16 and int8 are read as a step reads them. The use of
+    the remainders is their root mean square, over that of uniform ones.
+
+    It is one more pass over arrays that a step has at hand: to be called in the jitted step.
+
+    Args:
+        updates: what `update` returned. A leaf that is None is left out.
+        state: the state that `update` returned, with states of `scale_by_adam`,
+            `scale_by_amsgrad` or `scale_by_adamax` in it, at any depth. A leaf that none of them
+            has, because it is masked, lacks the statistics that need moments.
+        params: the parameters that `update` was given, those before the step.
+        b1: as the optimizer has it. Like `b2`, it is needed for the bias corrections.
+        b2: as the optimizer has it.
+        infinity_norm: True for AdaMax, whose nu is u: the ratio is m^ / u, and its bound
+            b2 (1 - b1) / (b2 - b1) in the long run.
+        old_state: the state before the step. With it updates and parameters are those of the
+            float32 weights that `master_weights` trains. Without it they are those of the
+            parameters as stored, and since these move by whole ulps, if at all, the root mean
+            square of steps shorter than that is too large.
+
+    Returns:
+        A dict of float32 scalars, shape ().
+
+    Raises:
+        ValueError: for a `b1` or `b2` outside [0, 1), for a state without moments, and for
+            updates with another structure than the parameters, naming the path.
+
+    Example:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> optimizer = adam_jax.adam(0.1)
+        >>> params = {"scale": jnp.array([1.0, -2.0])}
+        >>> gradients = {"scale": jnp.array([0.5, 0.25])}
+        >>> updates, state = optimizer.update(gradients, optimizer.init(params))
+        >>> statistics = adam_jax.step_statistics(updates, state, params)
+        >>> print(f"{statistics['update_rms/scale']:.3f}, {statistics['near_bound']:.0%}")
+        0.100, 100%
+    """
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    update_leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    param_leaves = flatten_up_to(treedef, updates, params, "params")
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, lambda x: x is None)]
+    stored: dict[KeyPath, tuple[Stored, _Ratio]] = {}
+    for found in states_with_moments(state):
+        ratio = _ratio(jnp.asarray(found.count), decay(b1), decay(b2), infinity_norm)
+        stored |= {path: (moments, ratio) for path, moments in _moments(found).items()}
+    remainders, old_remainders = _remainders(state), _remainders(old_state)
+    of_masters = bool(states_of(MasterWeightsState, old_state))
+
+    sizes: dict[str, int] = {}
+    means: dict[str, dict[str, jax.Array]] = {}  # of each leaf
+    for path, update, param in zip(paths, update_leaves, param_leaves, strict=True):
+        if update is not None:
+            leaf = jax.tree_util.keystr(path, simple=True, separator="/")
+            moments, ratio = stored.get(path, (None, None))
+            kept = _Kept(moments, ratio, remainders.get(path), old_remainders.get(path))
+            sizes[leaf] = param.size
+            means[leaf] = _leaf_means(update, param, kept, infinity_norm, of_masters)
+
+    overall: dict[str, jax.Array] = {}
+    for name in dict.fromkeys(name for of_leaf in means.values() for name in of_leaf):
+        having = [leaf for leaf in means if name in means[leaf]]
+        total = max(sum(sizes[leaf] for leaf in having), 1)
+        weighted = [sizes[leaf] / total * means[leaf][name] for leaf in having]
+        overall[name] = functools.reduce(jnp.add, weighted)
+    statistics = _finished(overall)
+    for leaf, of_leaf in means.items():
+        statistics |= {f"{name}/{leaf}": x for name, x in _finished(of_leaf).items() if leaf}
+    return statistics
+
+
+class _Ratio(NamedTuple):
+    """What turns m / sqrt(v), or AdaMax's m / u, into the ratio, and the bound of that."""
+
+    step: jax.Array  # the count that the moments were stored with
+    correction: RealLeaf
+    bound: RealLeaf
+
+
+class _Kept(NamedTuple):
+    """What is kept for a leaf besides the parameter; None where there is no such thing."""
+
+    moments: Stored | None
+    ratio: _Ratio | None
+    remainder: Leaf | None
+    old_remainder: Leaf | None
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _ratio(count: jax.Array, b1: Decay, b2: Decay, infinity_norm: bool) -> _Ratio:
+    t = count.astype(float)
+    b2_or_tiny = jnp.maximum(b2.b, jnp.finfo(t.dtype).tiny)
+    correction = 1 / bias_correction(b1, t)
+    if infinity_norm:
+        largest = b1.one_minus_b * _geometric_sum(b1.b / b2_or_tiny, t)
+    else:
+        correction = jnp.sqrt(bias_correction(b2, t)) * correction
+        weights = _geometric_sum(jnp.square(b1.b) / b2_or_tiny, t)
+        largest = b1.one_minus_b * jnp.sqrt(weights / b2.one_minus_b)
+    return _Ratio(count, correction, largest * correction)
+
+
+def _geometric_sum(r: RealLeaf, t: RealLeaf) -> RealLeaf:
+    """1 + r + ... + r^(t-1)."""
+    log_r = jnp.log(jnp.minimum(r, 1e30))  # from t = 2 on it makes no difference: infinity
+    return jnp.where(r == 1, t, jnp.expm1(t * log_r) / jnp.where(r == 1, 1, jnp.expm1(log_r)))
+
+
+def _leaves(tree: Any) -> dict[KeyPath, Any]:
+    return dict(jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _moments(state: Any) -> dict[KeyPath, Stored]:
+    """Each leaf's mu and nu, by its path: masked leaves have none."""
+    mu, nu = _leaves(state.mu), state.nu
+    if isinstance(nu, Int8Moment):
+        codes, scales = _leaves(nu.codes), _leaves(nu.scales)
+        return {path: (mu[path], Int8Moment(codes[path], scales[path])) for path in mu}
+    nu = _leaves(nu)
+    return {path: (mu[path], nu[path]) for path in mu}
+
+
+def _remainders(state: Any) -> dict[KeyPath, Any]:
+    found = states_of(MasterWeightsState, state)
+    return {path: leaf for state in found for path, leaf in _leaves(state.remainder).items()}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _leaf_means(
+    update: Leaf, param: Leaf, kept: _Kept, infinity_norm: bool, of_masters: bool
+) -> dict[str, jax.Array]:
+    """The means over one leaf that the statistics are made of, in float32."""
+    terms: dict[str, jax.Array] = {}
+    if is_low(param) and (of_masters or kept.remainder is not None):
+        with jax.numpy_dtype_promotion("standard"):
+            new_param = optax.apply_updates(param, update)
+        master = master_leaf(new_param, kept.remainder)
+        if kept.remainder is not None:
+            # Whatever its format, as 16 bits of an ulp: uniform ones are from -1/2 to 1/2 of it.
+            _, remainder = split(master, param.dtype, kept=16)
+            terms["remainder_use"] = 12 * jnp.square(remainder.astype(jnp.float32) * 2.0**-16)
+        if of_masters:
+            param = master_leaf(param, kept.old_remainder)
+            update = master - param
+    wide = arithmetic_dtype(update.dtype, param.dtype)
+    terms["update_rms"] = abs_sq(update.astype(wide))
+    terms["param_rms"] = abs_sq(param.astype(wide))
+    if kept.moments is not None and kept.ratio is not None:
+        real = real_dtype(wide)
+        m, v, *_ = _storage.load(kept.moments, real, kept.ratio.step)
+        correction, bound = kept.ratio.correction.astype(real), kept.ratio.bound.astype(real)
+        size = jnp.where(v == 0, 1, v) if infinity_norm else sqrt(v)
+        ratio = jnp.abs(m) * correction / size
+        terms["signal_to_noise"] = jnp.square(ratio)
+        terms["near_bound"] = ratio > bound / 2
+        terms["nu_at_smallest"] = _storage.at_smallest(kept.moments)
+    return {name: jnp.sum(x, dtype=jnp.float32) / max(x.size, 1) for name, x in terms.items()}
+
+
+@jax.jit
+def _finished(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    statistics = {name: jnp.sqrt(x) if name in _ROOTS else x for name, x in means.items()}
+    if means:
+        update, param = statistics["update_rms"], statistics["param_rms"]
+        statistics["update_to_param"] = jnp.where(update == 0, 0, update / param)
+    return statistics
