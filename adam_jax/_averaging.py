@@ -51,7 +51,7 @@ def average_params(
         decay: in [0, 1); the average looks back over about 1 / (1 - decay) steps.
 
     Returns:
-        An optax gradient transformation with an `AverageParamsState`: one more float32 for each
+        An optax gradient transformation. Its `AverageParamsState` has one more float32 for each
         parameter, or what is as wide as the parameter.
 
     Raises:

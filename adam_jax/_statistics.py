@@ -86,7 +86,7 @@ def step_statistics(
         ValueError: for a `b1` or `b2` outside [0, 1), for a state without moments, and for
             updates with another structure than the parameters, naming the path.
 
-    Example:
+    Examples:
         >>> import adam_jax, jax.numpy as jnp
         >>> optimizer = adam_jax.adam(0.1)
         >>> params = {"scale": jnp.array([1.0, -2.0])}

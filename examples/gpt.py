@@ -8,8 +8,8 @@
 The default settings take about two minutes on two CPU cores. The text is on every machine that
 runs Python: nothing is downloaded. Every tenth file is held out. The second command keeps weights,
 gradients and optimizer state in 7 bytes per parameter instead of 16. The third one writes
-down what `adam_jax.step_statistics` says of every tenth step, and the last shows it. Losses compare between runs under one version
-of Python, since every version has a text of its own.
+down what `adam_jax.step_statistics` says of every tenth step, and the last shows it. Losses compare
+between runs under one version of Python, since every version has a text of its own.
 """
 
 # pyright: basic
