@@ -150,7 +150,7 @@ def adam(
     Args:
         learning_rate: alpha, in units of the parameters. A number, a 0-d array or tracer, a
             schedule (a function of the step count, from 0), or a tree of these that is a prefix
-            of the parameter tree: one rate for each subtree.
+            of the parameter tree, made of the same containers: one rate for each subtree.
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the second raw moment, in [0, 1).
         eps: added to the denominator, in units of the gradient.
@@ -168,10 +168,10 @@ def adam(
 
     Returns:
         An optax gradient transformation. Its state equals that of `optax.adam`, leaf for leaf:
-        `scale_by_adam` describes it. A `None` gradient gives a `None` update and leaves the
-        moments untouched. A finite gradient counts as at most 2^63 in magnitude, so that its
-        square is finite; an infinite or NaN one poisons the moments, unless
-        `optax.apply_if_finite` keeps it out.
+        `scale_by_adam` describes it. A leaf whose gradient is `None` gets the update `None` and
+        keeps its moments; `optax.apply_updates` takes that only where the parameter is `None`
+        too. A finite gradient counts as at most 2^63 in magnitude, so that its square is finite;
+        an infinite or NaN one poisons the moments, unless `optax.apply_if_finite` keeps it out.
 
     Raises:
         ValueError: when called, for a concrete hyperparameter outside its range or an unknown

@@ -128,14 +128,7 @@ def refused(row, params):
     return True
 
 
-@each_row
-@each_dtype
-def test_shapes_and_dtypes(row, dtype, x64):
-    params = params_of(dtype)
-    if refused(row, params):
-        return
-    optimizer = row.make()
-    updates, state = run(optimizer, params, gradients_of(params, 3))
+def assert_dtypes(row, dtype, params, updates, state, steps):
     with jax.numpy_dtype_promotion("standard"):
         wide = jnp.promote_types(dtype, jnp.float32)
     last_updates = jax.tree.map(lambda u: u[-1], updates)
@@ -153,17 +146,10 @@ def test_shapes_and_dtypes(row, dtype, x64):
     for _, count in counts:
         chex.assert_shape(count, ())
         assert count.dtype == jnp.int32
-        assert count == 3
+        assert count == steps
 
 
-@each_row
-@each_dtype
-def test_agrees_with_the_reference(row, dtype, x64):
-    params = params_of(dtype)
-    if refused(row, params):
-        return
-    gradients = gradients_of(params, 20)
-    updates, _ = run(row.make(), params, gradients)
+def assert_agrees_with_the_reference(row, dtype, params, gradients, updates):
     wide = np.complex128 if jnp.iscomplexobj(params["kernel"]) else np.float64
 
     def reference(p, g):
@@ -184,16 +170,20 @@ def test_agrees_with_the_reference(row, dtype, x64):
 
 @each_row
 @each_dtype
-def test_a_step_changes_neither_structure_nor_dtypes(row, dtype, x64):
+def test_numbers_shapes_and_dtypes_of_a_run(row, dtype, x64):
+    """All in one test, since what takes long is to compile a run."""
     params = params_of(dtype)
     if refused(row, params):
         return
+    gradients = gradients_of(params, 20)
     optimizer = row.make()
-    state = optimizer.init(params)
+    first = optimizer.init(params)
     # lax.scan accepts a carry only if a step returns exactly the types that it was given.
-    _, last = run(optimizer, params, gradients_of(params, 2))
-    chex.assert_trees_all_equal_structs(state, last)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, last)
+    updates, last = run(optimizer, params, gradients)
+    chex.assert_trees_all_equal_structs(first, last)
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, last)
+    assert_dtypes(row, dtype, params, updates, last, steps=20)
+    assert_agrees_with_the_reference(row, dtype, params, gradients, updates)
 
 
 @each_row
