@@ -291,7 +291,16 @@ def _step_leaf(
     count: Word,
 ) -> tuple[RealLeaf, Leaf | None]:
     """The update of one leaf that makes a parameter of its new master weight, and the remainder."""
+    old = join(param)
     master = master + update.astype(np.float32)
+    if param.dtype == jnp.bfloat16:
+        # Where a step cancels a weight, a compiler that makes one operation of a product and this
+        # sum leaves bits there that neither had. No parameter could land so exactly beside old,
+        # and a remainder to a parameter of 0 would be no number at all.
+        cancelled = jnp.abs(master) < 2.0**-17 * jnp.abs(old)
+        upper = jax.lax.bitcast_convert_type(master, jnp.uint32) & np.uint32(0xFFFF0000)
+        upper = jax.lax.bitcast_convert_type(upper, jnp.float32)
+        master = jnp.where(cancelled, upper, master)
     new_param, remainder = _split_leaf(
         master,
         param.dtype,
@@ -300,11 +309,10 @@ def _step_leaf(
     )
     # The parameter has to land on new when this difference is added to it. Let |old| be in
     # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much
-    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight and left a
-    # multiple of 2^(e-24), as both its terms were, which is so short that new is all of it: the
-    # remainder is 0. There a difference longer than |old| may be rounded, and the parameter
-    # land 2^(e-24) away, on a number as short, so that parameter and remainder still agree.
-    old, new = join(param), join(new_param)
+    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight, and unless more
+    # than 2^-17 are left the remainder is 0. There a difference longer than |old| may be rounded,
+    # and the parameter land 2^(e-24) away, so that parameter and remainder still agree.
+    new = join(new_param)
     if param.dtype == jnp.bfloat16 and remainder is not None and remainder.dtype == np.float32:
         # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
         new = master - remainder

@@ -320,6 +320,33 @@ def test_a_step_that_cancels_lands_where_it_can():
 
 @each_dtype
 @each_remainder
+def test_a_step_that_cancels_with_more_bits_than_float32(dtype, remainder):
+    """A compiler may leave out the rounding between a product and a sum that it is part of."""
+    weights = log_uniform(2**14, -12, 4, 1)
+    params = jnp.asarray(weights).astype(LOW[dtype])
+    rate = np.float32(0.0123)
+
+    def optimizer(rate):
+        return adam_jax.master_weights(optax.scale_by_learning_rate(rate), remainder)
+
+    params, state = adam_jax.load_master_params(weights, params, optimizer(rate).init(params))
+    before = np.asarray(master_params(params, state), np.float64)
+
+    @jax.jit
+    def step(params, state, gradients, rate):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer(rate).update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+    gradients = np.float32(before) / rate  # times the rate: the weight, to a float32's rounding
+    after = np.asarray(master_params(*step(params, state, gradients, rate)), np.float64)
+    # What float32 leaves, a parameter that may land 2^-24 away, and float16's subnormal numbers.
+    smallest = 2.0 ** -(24 + KEPT[remainder]) if dtype == "float16" else 0
+    assert np.all(np.abs(after) <= 2.0**-22 * np.abs(before) + smallest)
+
+
+@each_dtype
+@each_remainder
 def test_weights_saturate_and_come_back(dtype, remainder):
     top = largest(dtype)
     optimizer, run = given_steps(remainder)
