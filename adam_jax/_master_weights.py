@@ -66,7 +66,7 @@ def master_weights(
     `"float32"`, whose remainder goes further. Infinity and NaN are passed on. Landing is exact
     with two exceptions. On processors that flush subnormal numbers, as JAX has CPUs and TPUs do,
     it may be off by less than 2^-126; elsewhere a weight below 2^-134 beside bfloat16 may lose
-    its sign. And a step that cancels all but 2^-16 of a weight may leave it half an ulp of the
+    its sign. And a step that cancels all but 2^-16 of a weight may leave it an ulp of the
     step from where it should be; parameter and remainder agree all the same.
 
     Leaves in float32, float64 or complex dtypes go through as they are. A `None` gradient gives
