@@ -293,7 +293,7 @@ def _step_leaf(
     """The update of one leaf that makes a parameter of its new master weight, and the remainder."""
     old = join(param)
     master = master + update.astype(np.float32)
-    if param.dtype == jnp.bfloat16:
+    if param.dtype == jnp.bfloat16 and remainder is not None:
         # Where a step cancels a weight, a compiler that makes one operation of a product and this
         # sum leaves bits there that neither had. No parameter could land so exactly beside old,
         # and a remainder to a parameter of 0 would be no number at all.
