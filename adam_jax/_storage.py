@@ -134,7 +134,7 @@ def zeros(moment: Moment, param: ArrayLike) -> Second:
     if not fits_int8(shape):
         return Int8Moment(codes, jnp.zeros((), jnp.float32))
     # Made of the codes, so that outside jit the scales lie where the rows do.
-    return Int8Moment(codes, jnp.max(codes, axis=-1, keepdims=True).astype(jnp.float32))
+    return Int8Moment(codes, codes[..., :1].astype(jnp.float32))
 
 
 def to_leaves(tree: Any, flatten: Callable[[Any, str], list[Any]]) -> list[Second]:
