@@ -55,8 +55,8 @@ def step_statistics(
     [Kingma and Ba, 2015](https://arxiv.org/abs/1412.6980)): 1 where gradients agree, and
     sqrt((1 - b1) / (1 + b1)), by default 0.23, where they are noise. By Cauchy and Schwarz,
 
-        |m^| / sqrt(v^) <= (1 - b1) sqrt((1 + r + ... + r^(t-1)) / (1 - b2)) c,   r = b1^2 / b2
-        c = sqrt(1 - b2^t) / (1 - b1^t)
+        |m^| / sqrt(v^) <= (1 - b1) sqrt((1 + r + ... + r^(t-1)) / (1 - b2)) c
+        r = b1^2 / b2,    c = sqrt(1 - b2^t) / (1 - b1^t)
 
     which with the defaults is 1 at the first step, where every coordinate is at its bound, and
     7.27 in the long run. Moments in bfloat16 and int8 are read as a step reads them. The use of

@@ -30,7 +30,8 @@ def store(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     metadata = notebook.metadata.copy()
     resources = {"metadata": {"path": path.parent}}
-    NotebookClient(notebook, timeout=None, record_timing=False, resources=resources).execute()
+    options = {"timeout": None, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, resources=resources, **options).execute()
     notebook.metadata = metadata
     for cell in notebook.cells:
         cell.metadata = {}
