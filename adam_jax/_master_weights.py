@@ -65,8 +65,8 @@ def master_weights(
     A finite weight beyond the largest finite parameter (3.39e38, 65504) becomes that, but for
     `"float32"`, whose remainder goes further. Infinity and NaN are passed on. Landing is exact
     with two exceptions. On processors that flush subnormal numbers, as JAX has CPUs and TPUs do,
-    it may be off by less than 2^-126; elsewhere a weight below 2^-134 beside bfloat16 may lose
-    its sign. And a step that cancels all but 2^-16 of a weight may leave it an ulp of the
+    it may be off by less than 2^-126; elsewhere a weight below 2^-134 beside bfloat16 counts
+    as 0. And a step that cancels all but 2^-16 of a weight may leave it an ulp of the
     step from where it should be; parameter and remainder agree all the same.
 
     Leaves in float32, float64 or complex dtypes go through as they are. A `None` gradient gives
@@ -291,16 +291,7 @@ def _step_leaf(
     count: Word,
 ) -> tuple[RealLeaf, Leaf | None]:
     """The update of one leaf that makes a parameter of its new master weight, and the remainder."""
-    old = join(param)
     master = master + update.astype(np.float32)
-    if param.dtype == jnp.bfloat16 and remainder is not None:
-        # Where a step cancels a weight, a compiler that makes one operation of a product and this
-        # sum leaves bits there that neither had. No parameter could land so exactly beside old,
-        # and a remainder to a parameter of 0 would be no number at all.
-        cancelled = jnp.abs(master) < 2.0**-17 * jnp.abs(old)
-        upper = jax.lax.bitcast_convert_type(master, jnp.uint32) & np.uint32(0xFFFF0000)
-        upper = jax.lax.bitcast_convert_type(upper, jnp.float32)
-        master = jnp.where(cancelled, upper, master)
     new_param, remainder = _split_leaf(
         master,
         param.dtype,
@@ -309,10 +300,10 @@ def _step_leaf(
     )
     # The parameter has to land on new when this difference is added to it. Let |old| be in
     # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much
-    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight, and unless more
-    # than 2^-17 are left the remainder is 0. There a difference longer than |old| may be rounded,
-    # and the parameter land 2^(e-24) away, so that parameter and remainder still agree.
-    new = join(new_param)
+    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight, the difference
+    # may be rounded, and the parameter land 2^(e-24) away. The remainder is not to it, but to new,
+    # and as a part of an ulp so little that the weight is right within 2^(e-23) all the same.
+    old, new = join(param), join(new_param)
     if param.dtype == jnp.bfloat16 and remainder is not None and remainder.dtype == np.float32:
         # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
         new = master - remainder

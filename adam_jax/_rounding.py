@@ -115,11 +115,18 @@ def split(
 
 
 def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLeaf:
-    """The float32 that `split` took apart, given what it returned and the `kept` it was given."""
+    """The float32 that `split` took apart, given what it returned and the `kept` it was given.
+
+    Beside a bfloat16 zero a remainder counts as 0: less than 2^-134 is lost. So a parameter that
+    became 0, because a step cancelled it or somebody cut it off, is 0, whatever its remainder.
+    """
     upper = jax.lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
     lower = _parts(remainder, kept)
     word = upper + lower
     if low.dtype == jnp.bfloat16:
+        if kept:
+            # What is less than the pattern of 0 is that of a NaN.
+            word = jnp.where(upper & ~_SIGN == 0, upper, word)
         return jax.lax.bitcast_convert_type(word, jnp.float32)
     signed = jnp.where(lower < _SIGN, lower, -lower | _SIGN)
     word = jnp.where((upper & ~_SIGN == 0) & (lower != 0), signed, word)

@@ -39,6 +39,7 @@ def test_every_bfloat16_and_random_lower_bits_join_to_the_same_float32(x64):
     words = (np.arange(2**16, dtype=np.uint32) << 16) | lower
     x = words.view(np.float32)
     x = x[np.isfinite(x) & (np.abs(x) <= largest("bfloat16"))]
+    x[np.abs(x) < 2.0**-134] *= 0  # of whose next bfloat16, 0, remainders are not counted
     low, remainder = split(jnp.asarray(x), jnp.bfloat16, 16)
     assert remainder.dtype == jnp.int16
     assert remainder.min() < -(2**14)
@@ -110,6 +111,11 @@ def test_split_any_float32(dtype, kept, words, bits):
     half = 2**kept // 2
     assert np.all((remainder >= -half) & (remainder <= max(half - 1, 0)))
     x = x.astype(np.float64)
+    if dtype == "bfloat16":
+        # Beside 0 remainders are not counted.
+        beside_zero = np.abs(x) < 2.0**-133
+        assert np.all(np.abs(joined - x)[beside_zero] <= 2.0**-133)
+        finite &= ~beside_zero
     inside = finite & (np.abs(x) <= largest(dtype))
     unit = ulp(x, dtype) * 2.0**-kept
     error = np.abs(joined - x)
@@ -119,3 +125,13 @@ def test_split_any_float32(dtype, kept, words, bits):
     beyond = finite & ~inside
     assert np.all(np.abs(joined[beyond]) >= largest(dtype))
     assert np.all(np.abs(low[beyond].astype(np.float64)) == largest(dtype))
+
+
+@pytest.mark.parametrize("kept", [8, 16])
+@each_dtype
+def test_a_parameter_that_was_cut_off_is_nothing_else(dtype, kept):
+    """Whatever was left of the weight: for bfloat16 nothing, for float16 less than its smallest."""
+    low, remainder = split(jnp.asarray(log_uniform(4096, -10, 10)), LOW[dtype], kept)
+    assert jnp.any(remainder < 0)
+    weights = join(jnp.zeros_like(low), remainder, kept)
+    assert np.all(np.abs(weights) <= (0 if dtype == "bfloat16" else 2.0**-25))
