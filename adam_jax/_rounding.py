@@ -122,12 +122,13 @@ def join(low: RealLeaf, remainder: Remainder | int = 0, kept: int = 0) -> RealLe
     """
     upper = jax.lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
     lower = _parts(remainder, kept)
-    word = upper + lower
     if low.dtype == jnp.bfloat16:
         if kept:
-            # What is less than the pattern of 0 is that of a NaN.
-            word = jnp.where(upper & ~_SIGN == 0, upper, word)
-        return jax.lax.bitcast_convert_type(word, jnp.float32)
+            # What is less than the pattern of 0 is that of a NaN. (A mask, and no choice between
+            # two words: on explicit meshes remainders may be divided otherwise than parameters.)
+            lower &= jnp.where(upper & ~_SIGN == 0, np.uint32(0), np.uint32(2**32 - 1))
+        return jax.lax.bitcast_convert_type(upper + lower, jnp.float32)
+    word = upper + lower
     signed = jnp.where(lower < _SIGN, lower, -lower | _SIGN)
     word = jnp.where((upper & ~_SIGN == 0) & (lower != 0), signed, word)
     magnitude = word & ~_SIGN
