@@ -20,7 +20,7 @@ from adam_jax._moments import (
     sqrt,
 )
 from adam_jax._rounding import split
-from adam_jax._storage import Int8Moment, Stored
+from adam_jax._storage import Stored
 from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar
 
 _ROOTS = ("update_rms", "param_rms", "signal_to_noise", "remainder_use")  # of means of squares
@@ -173,12 +173,9 @@ def _leaves(tree: Any) -> dict[KeyPath, Any]:
 
 def _moments(state: Any) -> dict[KeyPath, Stored]:
     """Each leaf's mu and nu, by its path: masked leaves have none."""
-    mu, nu = _leaves(state.mu), state.nu
-    if isinstance(nu, Int8Moment):
-        codes, scales = _leaves(nu.codes), _leaves(nu.scales)
-        return {path: (mu[path], Int8Moment(codes[path], scales[path])) for path in mu}
-    nu = _leaves(nu)
-    return {path: (mu[path], nu[path]) for path in mu}
+    mu = _leaves(state.mu)
+    nu = _storage.to_leaves(state.nu, lambda tree, _: jax.tree.leaves(tree))
+    return dict(zip(mu, zip(mu.values(), nu, strict=True), strict=True))
 
 
 def _remainders(state: Any) -> dict[KeyPath, Any]:
