@@ -13,6 +13,7 @@ from adam_jax._amsgrad import scale_by_amsgrad as scale_by_amsgrad
 from adam_jax._averaging import AverageParamsState as AverageParamsState
 from adam_jax._averaging import average_params as average_params
 from adam_jax._averaging import averaged_params as averaged_params
+from adam_jax._convert import convert_remainder as convert_remainder
 from adam_jax._convert import convert_state as convert_state
 from adam_jax._master_weights import MasterWeightsState as MasterWeightsState
 from adam_jax._master_weights import load_master_params as load_master_params
@@ -21,5 +22,7 @@ from adam_jax._master_weights import master_weights as master_weights
 from adam_jax._sharding import state_shardings as state_shardings
 from adam_jax._statistics import step_statistics as step_statistics
 from adam_jax._storage import Int8Moment as Int8Moment
+from adam_jax._torch import from_torch as from_torch
+from adam_jax._torch import to_torch as to_torch
 
 __version__ = "0.1.0"

@@ -9,9 +9,16 @@ import optax
 
 from adam_jax import _storage
 from adam_jax._amsgrad import NU_MAX_IS_A_MAXIMUM
-from adam_jax._checks import WITH_MOMENTS, states_with_moments
+from adam_jax._checks import WITH_MOMENTS, only_state, states_with_moments
+from adam_jax._master_weights import (
+    MasterWeightsState,
+    load_master_params,
+    master_params,
+    no_remainders,
+    replaced_state,
+)
 from adam_jax._moments import real_dtype
-from adam_jax._storage import Draw, Moment, Stored
+from adam_jax._storage import Draw, Moment, Moments, Stored
 from adam_jax._types import StorageFormat
 
 
@@ -50,15 +57,48 @@ def convert_state(
     nu = Moment(_storage.storage_format("nu_dtype", nu_dtype), real=True)
     states_with_moments(state)  # there must be one
     return jax.tree.map(
-        lambda x: _converted(x, mu, nu) if _has_moments(x) else x, state, is_leaf=_has_moments
+        lambda x: converted(x, mu, nu) if has_moments(x) else x, state, is_leaf=has_moments
     )
 
 
-def _has_moments(x: Any) -> bool:
+def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple[optax.Params, Any]:
+    """The same float32 weights, kept in another kind of remainder.
+
+    What it returns is what `master_weights` made with this `remainder` goes on from. With more bits
+    nothing is lost. With fewer, weights are rounded to nearest, as `load_master_params` does it: a
+    parameter moves by an ulp where its remainder rounds up to the next one.
+
+    Args:
+        params: the current parameters.
+        state: an optimizer state with one `master_weights` state in it, at any depth.
+        remainder: `"none"`, `"int8"`, `"int16"` or `"float32"`.
+
+    Returns:
+        The parameters, in their dtypes, and the state; but for the remainders it is the same.
+
+    Raises:
+        ValueError: for another `remainder`, and when there is no such state, or more than one.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> params = jnp.ones(3, jnp.bfloat16)
+        >>> state = adam_jax.master_weights(adam_jax.adam(1e-3), "int8").init(params)
+        >>> params, state = adam_jax.convert_remainder(params, state, "int16")
+        >>> state.remainder.dtype
+        dtype('int16')
+    """
+    old = only_state(MasterWeightsState, "master_weights", state)
+    new = old._replace(remainder=no_remainders(params, remainder))
+    return load_master_params(master_params(params, state), params, replaced_state(state, new))
+
+
+def has_moments(x: Any) -> bool:
+    """Whether this is a state of `scale_by_adam`, `scale_by_amsgrad` or `scale_by_adamax`."""
     return isinstance(x, WITH_MOMENTS)
 
 
-def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
+def converted(state: Any, mu: Moment, nu: Moment) -> Any:
+    """One state that has moments, with these in other formats."""
     if isinstance(state, optax.ScaleByAmsgradState):
         _storage.storage_format("nu_dtype", nu.format, not_int8=NU_MAX_IS_A_MAXIMUM)
     treedef, count = jax.tree.structure(state.mu), jnp.asarray(state.count)
@@ -70,6 +110,9 @@ def _converted(state: Any, mu: Moment, nu: Moment) -> Any:
     leaves = []
     for i, stored in enumerate(zip(*columns, strict=True)):
         numbers = _storage.load(stored, jnp.float32, count)
+        # optax has a complex nu for a complex parameter, with imaginary parts of 0.
+        pairs = zip(moments.values(), numbers, strict=True)
+        numbers = cast(Moments, tuple(x.real if moment.real else x for moment, x in pairs))
         like = cast(Stored, tuple(map(_storage.zeros, moments.values(), numbers)))
         scale = None
         if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:

@@ -109,15 +109,9 @@ def master_weights(
 
     def init(params: optax.Params) -> MasterWeightsState:
         check_leaves("parameter", params)
-        remainders = ()
-        if remainder != _NOTHING:
-            dtype = _FORMATS[remainder]
-            remainders = jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype, shape=None if is_low(p) else ()), params
-            )
         return MasterWeightsState(
             count=jnp.zeros([], jnp.int32),
-            remainder=remainders,
+            remainder=no_remainders(params, remainder),
             inner_state=inner.init(jax.tree.map(master_leaf, params)),
         )
 
@@ -225,8 +219,22 @@ def load_master_params(
         for w, dtype, r in zip(masters, dtypes, remainders, strict=True)
     ]
     new = old._replace(remainder=tree.unflatten([r for _, r in pairs]) if stored else old.remainder)
-    state = jax.tree.map(lambda x: new if _is_state(x) else x, state, is_leaf=_is_state)
-    return tree.unflatten([p for p, _ in pairs]), state
+    return tree.unflatten([p for p, _ in pairs]), replaced_state(state, new)
+
+
+def no_remainders(params: optax.Params, remainder: str) -> Any:
+    """The remainders of parameters that lack nothing, or a ValueError for an unknown format."""
+    check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
+    if remainder == _NOTHING:
+        return ()
+    return jax.tree.map(
+        lambda p: jnp.zeros_like(p, _FORMATS[remainder], shape=None if is_low(p) else ()), params
+    )
+
+
+def replaced_state(state: Any, new: MasterWeightsState) -> Any:
+    """An optimizer's state with another `master_weights` state in it."""
+    return jax.tree.map(lambda x: new if _is_state(x) else x, state, is_leaf=_is_state)
 
 
 def _is_state(x: Any) -> bool:

@@ -418,47 +418,7 @@ def test_a_state_in_bfloat16_is_optax_state():
     assert dtypes(ours) == dtypes(theirs)
 
 
-# ------------------------------------------------------------------ convert_state
-
-
-@pytest.mark.parametrize("formats", [("int8", "int8"), ("bfloat16", "int8"), ("int8", "bfloat16")])
-@pytest.mark.parametrize("factory", [adam_jax.adam, adam_jax.nadamw], ids=["adam", "nadamw"])
-def test_a_run_goes_on_in_another_format(formats, factory):
-    params = {"w": jnp.ones((64, 128)), "b": jnp.ones(7), "none": None}
-    rng = np.random.default_rng(3)
-
-    def gradients():
-        return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
-
-    plain, stored = factory(0.1), factory(0.1, mu_dtype=formats[0], nu_dtype=formats[1])
-    state = plain.init(params)
-    for _ in range(20):
-        _, state = plain.update(gradients(), state, params)
-    converted = adam_jax.convert_state(state, *formats)
-    assert jax.tree.structure(converted) == jax.tree.structure(stored.init(params))
-    g = gradients()
-    updates, converted = stored.update(g, converted, params)
-    desired, _ = plain.update(g, state, params)
-    error = jnp.linalg.norm(updates["w"] - desired["w"]) / jnp.linalg.norm(desired["w"])
-    assert error < 0.08
-    # Small leaves are in float32 in int8, but in bfloat16 if that was asked for.
-    np.testing.assert_allclose(updates["b"], desired["b"], rtol=0.03)
-    back, _ = plain.update(g, adam_jax.convert_state(converted), params)
-    assert jnp.isfinite(back["w"]).all()
-    # From one of the formats into itself nothing changes.
-    again = adam_jax.convert_state(adam_jax.convert_state(converted, *formats), *formats)
-    once = adam_jax.convert_state(converted, *formats)
-    chex.assert_trees_all_equal(again, once)
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_a_run_of_optax_in_bfloat16_goes_on():
-    params = jnp.ones(SHAPE)
-    theirs = optax.adam(0.1, mu_dtype="bfloat16")
-    _, state = theirs.update(params, theirs.init(params))
-    ours = adam_jax.adam(0.1)
-    updates, _ = ours.update(params, adam_jax.convert_state(state))
-    np.testing.assert_allclose(updates, -0.1, rtol=0.01)
+# ------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
@@ -478,11 +438,6 @@ def test_what_cannot_be_stored_is_refused():
             factory(0.1, nu_dtype="int8")
     with pytest.raises(ValueError, match=r"mu_dtype can't be 'int8' here: .* AdaMax does not have"):
         adam_jax.scale_by_adamax(mu_dtype="int8")
-    amsgrad = adam_jax.amsgrad(0.1).init(jnp.ones(SHAPE))
-    with pytest.raises(ValueError, match="nu_max is a maximum"):
-        adam_jax.convert_state(amsgrad, nu_dtype="int8")
-    with pytest.raises(ValueError, match="found no state of scale_by_adam"):
-        adam_jax.convert_state(optax.sgd(0.1).init(jnp.ones(3)))
     for format in ("bfloat16", "int8"):
         with pytest.raises(TypeError, match=r"parameter \['w'\] has dtype complex64, and mu_dtype"):
             adam_jax.adam(0.1, mu_dtype=format).init({"w": jnp.ones(SHAPE, jnp.complex64)})

@@ -1,0 +1,343 @@
+"""Moving a running training in from torch, and out to it."""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adam_jax import _storage
+from adam_jax._checks import keystr, states_with_moments
+from adam_jax._convert import convert_state, converted, has_moments
+from adam_jax._moments import arithmetic_dtype
+from adam_jax._storage import Moment
+
+Arrays = dict[str, jax.Array]
+ToParams = Callable[[Arrays], optax.Params]
+
+
+def from_torch(
+    torch_state: Mapping[str, Any], torch_params: Mapping[str, Any], to_params: ToParams, state: Any
+) -> Any:
+    """The state from which a training that began in torch continues here.
+
+    `to_params` is the function that makes the JAX model's parameters of the torch model's weights:
+    it takes a dict of arrays by name and returns them renamed, transposed, reshaped, split or
+    joined, as the tree of parameters. It does the same to the moments.
+
+    | in torch | here |
+    |---|---|
+    | `step` | `count`, of schedules too |
+    | `exp_avg` | `mu` |
+    | `exp_avg_sq`, Adamax: `exp_inf` | `nu` |
+    | `max_exp_avg_sq` | `nu_max`, as `amsgrad(maximum="raw")` has it |
+
+    Hyperparameters are arguments of the optimizer here; the groups' are not looked at. A parameter
+    that never had a gradient has no state in torch, and here moments of 0. torch's NAdam warms b1
+    up, ours does not: they are the same with a large `momentum_decay`, and after a long time.
+
+    Args:
+        torch_state: what `state_dict()` of torch's Adam, AdamW, NAdam or Adamax returned, with
+            `amsgrad` or without. Arrays may stand for tensors, numbers for steps.
+        torch_params: torch's parameters by name, in the order in which its optimizer got them, one
+            group after the other: `dict(model.named_parameters())`. Only shapes are looked at.
+        to_params: see above; of methods of arrays and functions of `jax.numpy`.
+        state: what `init` returned, with states of `scale_by_adam`, `scale_by_amsgrad` or
+            `scale_by_adamax` in it, at any depth, in any storage format. Several of them may share
+            the parameters, as under `optax.multi_transform`.
+
+    Returns:
+        The state with torch's moments and counts in it.
+
+    Raises:
+        ValueError: where names, shapes or steps do not fit, or the optimizers are not the same;
+            if no step has been made in torch.
+        TypeError: for complex parameters, which torch takes for two real ones each.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, numpy as np
+        >>> weight = np.zeros((1, 2))  # of a torch.nn.Linear(2, 1, bias=False)
+        >>> torch_state = {
+        ...     "state": {0: {"step": 7, "exp_avg": weight + 0.5, "exp_avg_sq": weight + 0.25}},
+        ...     "param_groups": [{"params": [0], "betas": (0.9, 0.999), "amsgrad": False}],
+        ... }
+        >>> to_params = lambda torch: {"kernel": torch["weight"].T}
+        >>> state = adam_jax.adam(1e-3).init({"kernel": jnp.zeros((2, 1))})
+        >>> state = adam_jax.from_torch(torch_state, {"weight": weight}, to_params, state)
+        >>> int(state[0].count), state[0].mu["kernel"].shape
+        (7, (2, 1))
+    """
+    slots = _slots(torch_state, torch_params, states_with_moments(state))
+    entries = {name: torch_state["state"].get(slot.key, {}) for name, slot in slots.items()}
+    steps = {name: int(entry.get("step", 0)) for name, entry in entries.items()}
+    if not any(steps.values()):
+        raise ValueError("torch's optimizer has made no step: start from the state of init.")
+    shapes = {name: np.shape(param) for name, param in torch_params.items()}
+
+    def array(name: str, torch_field: str) -> jax.Array:
+        if not entries[name]:
+            return jnp.zeros(shapes[name])
+        if torch_field not in entries[name]:
+            raise ValueError(
+                f"torch_state has no {torch_field} for {name!r}, but {', '.join(entries[name])}."
+            )
+        array = _array(entries[name][torch_field])
+        if jnp.iscomplexobj(array):
+            raise TypeError(f"{name!r} is complex, which torch takes for two real parameters.")
+        if array.shape != shapes[name]:
+            raise ValueError(
+                f"{torch_field} of {name!r} has shape {array.shape}, but the parameter has "
+                f"{shapes[name]}. torch_params must be in the order in which torch's optimizer "
+                "got them."
+            )
+        return array
+
+    trees = {
+        field: to_params({name: array(name, slot.fields[field]) for name, slot in slots.items()})
+        for field in next(iter(slots.values())).fields
+    }
+    counts = to_params({name: jnp.full(shape, steps[name]) for name, shape in shapes.items()})
+
+    def moved(x: Any) -> Any:
+        if has_moments(x):
+            return _filled(x, trees, counts)
+        return x._replace(count=_count(max(steps.values()))) if _is_count(x) else x
+
+    return jax.tree.map(moved, state, is_leaf=lambda x: has_moments(x) or _is_count(x))
+
+
+def to_torch(
+    state: Any, torch_state: Mapping[str, Any], torch_params: Mapping[str, Any], to_params: ToParams
+) -> dict[str, Any]:
+    """The `state_dict()` with which a training that ran here continues in torch.
+
+    The inverse of `from_torch`, with the same `to_params`, which `jax.linear_transpose` turns
+    round. So it does for the weights: `jax.linear_transpose(to_params, weights)(params)`, where
+    `weights` are arrays with torch's names and shapes.
+
+    Args:
+        state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
+            `scale_by_adamax` in it, at any depth, in any storage format.
+        torch_state: what `state_dict()` of the torch optimizer returns that is to go on. Its
+            groups are taken over; it need not have made a step.
+        torch_params: as in `from_torch`. If they are tensors, so is what is returned.
+        to_params: as in `from_torch`. It has to use each element of each parameter once.
+
+    Returns:
+        What `load_state_dict` takes, with moments in the parameters' dtypes. Parameters without
+        a step have no entry.
+
+    Raises:
+        ValueError: where names or shapes do not fit, or the optimizers are not the same; if
+            `to_params` leaves an element out or uses it twice.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, numpy as np
+        >>> torch_params = {"weight": np.zeros((1, 2), np.float32)}
+        >>> groups = [{"params": [0], "betas": (0.9, 0.999), "amsgrad": False}]
+        >>> optimizer = adam_jax.adam(1e-3)
+        >>> params = {"kernel": jnp.zeros((2, 1))}
+        >>> _, state = optimizer.update({"kernel": jnp.ones((2, 1))}, optimizer.init(params))
+        >>> torch_state = adam_jax.to_torch(
+        ...     state,
+        ...     {"state": {}, "param_groups": groups},
+        ...     torch_params,
+        ...     lambda torch: {"kernel": torch["weight"].T},
+        ... )
+        >>> torch_state["state"][0]["step"].item(), torch_state["state"][0]["exp_avg"].shape
+        (1.0, (1, 2))
+    """
+    states = states_with_moments(convert_state(state))
+    slots = _slots(torch_state, torch_params, states)
+    arrays = {
+        name: jax.ShapeDtypeStruct(np.shape(param), jnp.result_type(float))
+        for name, param in torch_params.items()
+    }
+    like = jax.eval_shape(to_params, arrays)
+    transpose = jax.linear_transpose(to_params, arrays)
+    uses = transpose(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like))[0]
+    for name, times in uses.items():
+        if not np.all(times == 1):
+            raise ValueError(
+                f"to_params must use each element of {name!r} once, and it uses some of them "
+                f"{times.min():g} and some {times.max():g} times. Only then there is a way back."
+            )
+
+    def named(tree_of: Callable[[Any], Any]) -> Arrays:
+        """By torch's names, what each state has for the leaves that are its own."""
+        parts = [
+            jax.tree.map(
+                lambda leaf, part: jax.tree.map(jnp.zeros_like, part) if _is_masked(leaf) else leaf,
+                tree_of(x),
+                like,
+                is_leaf=_is_masked,
+            )
+            for x in states
+        ]
+        whole = jax.tree.map(lambda like, *xs: sum(x.astype(like.dtype) for x in xs), like, *parts)
+        return transpose(whole)[0]
+
+    steps = named(lambda x: jax.tree.map(lambda leaf: jnp.full(leaf.shape, x.count), x.mu))
+    moments = {field: named(operator.attrgetter(field)) for field in _fields(states[0])}
+    entries = {}
+    for name, slot in slots.items():
+        step = int(jnp.max(steps[name], initial=0))
+        if step:
+            param = torch_params[name]
+            entry = {"step": _number(param, step)}
+            if "momentum_decay" in slot.group:
+                entry["mu_product"] = _number(param, _mu_product(slot.group, step))
+            for field, torch_field in slot.fields.items():
+                entry[torch_field] = _like(param, moments[field][name])
+            entries[slot.key] = entry
+    return {**torch_state, "state": entries}
+
+
+class _Slot(NamedTuple):
+    """Where torch keeps what belongs to a parameter."""
+
+    key: Any  # of its state: a number, or its name
+    group: Mapping[str, Any]
+    fields: dict[str, str]  # torch's name of each of our moments
+
+
+def _slots(
+    torch_state: Mapping[str, Any], torch_params: Mapping[str, Any], states: list[Any]
+) -> dict[str, _Slot]:
+    """The slot of each of torch's parameters, by name, in the order of `torch_params`."""
+    groups = torch_state["param_groups"]
+    keys = [(key, group) for group in groups for key in group["params"]]
+    # A state whose keys are names is one of torch.distributed; since torch 2.6 a group may have
+    # names beside the keys. Otherwise there is only the order.
+    names = [name for group in groups for name in group.get("param_names", group["params"])]
+    if not all(isinstance(name, str) for name in names):
+        names = list(torch_params)
+    if len(names) != len(keys) or set(names) != set(torch_params):
+        raise ValueError(
+            f"torch's optimizer has {len(keys)} parameters, {', '.join(map(str, names[:3]))} and "
+            f"so on, and torch_params {len(torch_params)}, {', '.join(list(torch_params)[:3])} and "
+            "so on. They must be the same."
+        )
+    slots = {}
+    for name, (key, group) in zip(names, keys, strict=True):
+        slots[name] = _Slot(key, group, fields := _torch_fields(group))
+        for x in states:
+            if fields.keys() != set(_fields(x)):
+                raise ValueError(
+                    f"torch's optimizer has {', '.join(fields.values())} for {name!r}, and a "
+                    f"{type(x).__name__} here has {', '.join(_fields(x))}. AMSGrad goes on as "
+                    "AMSGrad alone, and nothing else does."
+                )
+    return {name: slots[name] for name in torch_params}
+
+
+def _torch_fields(group: Mapping[str, Any]) -> dict[str, str]:
+    fields = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+    if "amsgrad" in group or "momentum_decay" in group:  # Adam and AdamW; NAdam
+        return fields | ({"nu_max": "max_exp_avg_sq"} if group.get("amsgrad") else {})
+    if {"betas", "weight_decay"} <= group.keys() and "decoupled_weight_decay" not in group:
+        return fields | {"nu": "exp_inf"}  # Adamax
+    raise ValueError(
+        "expected a state of torch's Adam, AdamW, NAdam or Adamax, but its groups have "
+        f"{', '.join(group)}."
+    )
+
+
+def _fields(state: Any) -> list[str]:
+    return [field for field in state._fields if field != "count"]
+
+
+def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
+    """A state with these numbers in its formats, and the one count that its leaves have."""
+    paths, treedef = jax.tree.flatten_with_path(state.mu, is_leaf=_is_masked)
+
+    def leaves(tree: Any) -> list[Any]:
+        try:
+            return treedef.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(
+                f"to_params does not return a tree like the parameters of the state: {error}"
+            ) from error
+
+    steps = {}
+    for (path, leaf), count in zip(paths, leaves(counts), strict=True):
+        if not _is_masked(leaf):
+            # One parameter here may be made of several of torch's. Without a step they fit any.
+            steps |= {int(step): path for step in np.unique(count) if step}
+    if len(steps) > 1:
+        made = " and ".join(f"{n} steps at {keystr(path)}" for n, path in steps.items())
+        raise ValueError(
+            f"torch has made {made}, but a state has one count. Give parameters that differ in it "
+            "an optimizer each, with optax.multi_transform."
+        )
+
+    def numbers(field: str) -> Any:
+        stored = _storage.to_leaves(getattr(state, field), lambda tree, _: leaves(tree))
+        plain = []
+        for (path, _), kept, new in zip(paths, stored, leaves(trees[field]), strict=True):
+            like: Any = getattr(kept, "codes", kept)
+            if not _is_masked(like):
+                if np.shape(new) != like.shape:
+                    raise ValueError(
+                        f"to_params gives {keystr(path)} the shape {np.shape(new)}, and state."
+                        f"{field} there has {like.shape}. Is it to be transposed?"
+                    )
+                is_float = jnp.issubdtype(like.dtype, jnp.floating)
+                like = new.astype(arithmetic_dtype(like.dtype if is_float else np.float32))
+            plain.append(like)
+        return treedef.unflatten(plain)
+
+    formats = [
+        Moment(_storage.format_of(getattr(state, field), None), real)
+        for field, real in (("mu", False), ("nu", True))
+    ]
+    plain = {field: numbers(field) for field in trees}
+    return converted(state._replace(count=_count(max(steps, default=0)), **plain), *formats)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_count(x: Any) -> bool:
+    """Whether this is the state of a schedule: a count of steps and nothing else."""
+    return getattr(x, "_fields", None) == ("count",)
+
+
+def _count(step: int) -> jax.Array:
+    return jnp.asarray(step, jnp.int32)
+
+
+def _mu_product(group: Mapping[str, Any], step: int) -> float:
+    """The product of NAdam's b1, which torch warms up, over all steps."""
+    b1, _ = group["betas"]
+    t = np.arange(1, step + 1)
+    return float(np.prod(b1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"]))))
+
+
+# torch need not be here: what is said to a tensor is said by its methods.
+
+
+def _array(x: Any) -> jax.Array:
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = (x.float() if x.element_size() == 2 else x).numpy()  # NumPy has no bfloat16
+    return jnp.asarray(x)
+
+
+def _like(param: Any, x: jax.Array) -> Any:
+    """An array as a tensor of the parameter's dtype and device, if the parameter is a tensor."""
+    if hasattr(param, "detach"):
+        return param.detach().new_tensor(np.array(x))
+    return np.array(x, param.dtype)
+
+
+def _number(param: Any, x: float) -> Any:
+    """A number on the CPU, where torch keeps it, in float32 or, beside double, in double."""
+    if hasattr(param, "detach"):
+        zero = param.detach().new_zeros((), device="cpu")
+        return (zero.float() if zero.element_size() < 8 else zero) + x
+    return np.asarray(x, arithmetic_dtype(param.dtype))

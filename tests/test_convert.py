@@ -1,0 +1,135 @@
+"""A training goes on in another storage format, with another remainder, from a state of optax."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import low_precision as low
+import numpy as np
+import optax
+import pytest
+from optimizers import ROWS
+
+import adam_jax
+from adam_jax import convert_remainder, load_master_params, master_params, master_weights
+
+SHAPE = (64, 64)
+
+
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("bfloat16", "int8"), ("int8", "bfloat16")])
+@pytest.mark.parametrize("factory", [adam_jax.adam, adam_jax.nadamw], ids=["adam", "nadamw"])
+def test_a_run_goes_on_in_another_format(formats, factory):
+    params = {"w": jnp.ones((64, 128)), "b": jnp.ones(7), "none": None}
+    rng = np.random.default_rng(3)
+
+    def gradients():
+        return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+
+    plain, stored = factory(0.1), factory(0.1, mu_dtype=formats[0], nu_dtype=formats[1])
+    state = plain.init(params)
+    for _ in range(20):
+        _, state = plain.update(gradients(), state, params)
+    converted = adam_jax.convert_state(state, *formats)
+    assert jax.tree.structure(converted) == jax.tree.structure(stored.init(params))
+    g = gradients()
+    updates, converted = stored.update(g, converted, params)
+    desired, _ = plain.update(g, state, params)
+    error = jnp.linalg.norm(updates["w"] - desired["w"]) / jnp.linalg.norm(desired["w"])
+    assert error < 0.08
+    # Small leaves are in float32 in int8, but in bfloat16 if that was asked for.
+    np.testing.assert_allclose(updates["b"], desired["b"], rtol=0.03)
+    back, _ = plain.update(g, adam_jax.convert_state(converted), params)
+    assert jnp.isfinite(back["w"]).all()
+    # From one of the formats into itself nothing changes.
+    again = adam_jax.convert_state(adam_jax.convert_state(converted, *formats), *formats)
+    once = adam_jax.convert_state(converted, *formats)
+    chex.assert_trees_all_equal(again, once)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_run_of_optax_in_bfloat16_goes_on():
+    params = jnp.ones(SHAPE)
+    theirs = optax.adam(0.1, mu_dtype="bfloat16")
+    _, state = theirs.update(params, theirs.init(params))
+    ours = adam_jax.adam(0.1)
+    updates, _ = ours.update(params, adam_jax.convert_state(state))
+    np.testing.assert_allclose(updates, -0.1, rtol=0.01)
+
+
+def dtypes_of(tree):
+    return jax.tree.map(lambda x: x.dtype, tree)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
+def test_a_state_of_optax_goes_on(row, dtype):
+    """In the dtypes that optax gives it: those of the parameters, for complex ones a complex nu."""
+    params = {"w": jnp.ones((3, 5), dtype), "b": jnp.ones(4, dtype)}
+    gradients = jax.tree.map(lambda p: p * jnp.asarray(0.25, dtype), params)
+    theirs, ours = row.make_peer(), row.make()
+    state, own = theirs.init(params), ours.init(params)
+    for _ in range(3):
+        _, state = theirs.update(gradients, state, params)
+        _, own = ours.update(gradients, own, params)
+    converted = adam_jax.convert_state(state)
+    assert jax.tree.structure(converted) == jax.tree.structure(own)
+    assert dtypes_of(converted) == dtypes_of(own)
+    for new, old in zip(jax.tree.leaves(converted), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(new.astype(complex), old.astype(complex))
+    updates, state = ours.update(gradients, converted, params)
+    desired, own = ours.update(gradients, own, params)
+    assert dtypes_of(state) == dtypes_of(own)
+    assert dtypes_of(updates) == dtypes_of(gradients)
+    # So much do bfloat16 and float16 lose in optax's moments, three times each.
+    rtol = {"bfloat16": 3 * 2.0**-8, "float16": 3 * 2.0**-11}.get(dtype, 1e-5)
+    for u, expected in zip(jax.tree.leaves(updates), jax.tree.leaves(desired), strict=True):
+        np.testing.assert_allclose(u.astype(complex), expected.astype(complex), rtol=rtol)
+
+
+# ------------------------------------------------------------------ convert_remainder
+
+
+@low.each_dtype
+@pytest.mark.parametrize("new", low.REMAINDERS)
+@pytest.mark.parametrize("old", low.REMAINDERS)
+def test_weights_stay_when_remainders_change(old, new, dtype):
+    weights = {"w": low.log_uniform(4096, -16, 15), "none": None, "wide": jnp.ones(3)}
+    params = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), weights) | {"wide": jnp.ones(3)}
+    before = master_weights(adam_jax.adam(1e-3), old)
+    params, state = load_master_params(weights, params, before.init(params))
+    kept = jax.tree.map(np.asarray, master_params(params, state))
+    new_params, new_state = convert_remainder(params, state, new)
+    like = master_weights(adam_jax.adam(1e-3), new).init(params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(like)
+    assert dtypes_of(new_state) == dtypes_of(like)
+    assert dtypes_of(new_params) == dtypes_of(params)
+    after = jax.tree.map(np.asarray, master_params(new_params, new_state))
+    if low.KEPT[new] >= low.KEPT[old]:
+        chex.assert_trees_all_equal(after, kept)
+        chex.assert_trees_all_equal(new_params, params)
+    else:
+        half = low.ulp(kept["w"], dtype) * 2.0 ** -(low.KEPT[new] + 1)
+        assert np.all(np.abs(after["w"].astype(float) - kept["w"]) <= half)
+        assert np.any(after["w"] != kept["w"])
+    # The rest of the state is what it was, and back there is no further loss.
+    chex.assert_trees_all_equal(new_state.inner_state, state.inner_state)
+    if low.KEPT[new] >= low.KEPT[old]:
+        back = convert_remainder(new_params, new_state, old)
+        chex.assert_trees_all_equal(back, (params, state))
+
+
+def test_a_remainder_that_there_is_none_of():
+    params = jnp.ones(3, jnp.bfloat16)
+    state = master_weights(adam_jax.adam(1e-3), "int8").init(params)
+    with pytest.raises(ValueError, match=r"remainder must be one of 'none', .* got 'int4'"):
+        convert_remainder(params, state, "int4")
+    with pytest.raises(ValueError, match="expected one master_weights state, found 0"):
+        convert_remainder(params, adam_jax.adam(1e-3).init(params), "int8")
+
+
+def test_a_format_that_cannot_be():
+    amsgrad = adam_jax.amsgrad(0.1).init(jnp.ones(SHAPE))
+    with pytest.raises(ValueError, match="nu_max is a maximum"):
+        adam_jax.convert_state(amsgrad, nu_dtype="int8")
+    with pytest.raises(ValueError, match="found no state of scale_by_adam"):
+        adam_jax.convert_state(optax.sgd(0.1).init(jnp.ones(3)))
