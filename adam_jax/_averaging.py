@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import _storage
-from adam_jax._checks import check_decay, check_leaves, only_state
+from adam_jax._checks import check_decay, check_leaves, check_state, only_state
 from adam_jax._moments import Decay, bias_correction, decayed
 from adam_jax._moments import decay as prepare
 from adam_jax._rounding import nearest
@@ -81,6 +81,7 @@ def average_params(
             raise ValueError(
                 "average_params needs the parameters: call update(gradients, state, params)."
             )
+        check_state(AverageParamsState, state)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         new_params = jax.tree.map(
             lambda p, u: p if u is None else optax.apply_updates(p, u),

@@ -4,7 +4,6 @@ Only concrete numbers are checked. Inside `optax.inject_hyperparams`, `jit` or `
 hyperparameters are tracers, and a traced value has no range to compare with.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -30,10 +29,10 @@ def check_decay(name: str, b: Scalar) -> None:
 
 
 def check_not_negative(name: str, value: Scalar) -> None:
-    """Raises ValueError unless 0 <= value < infinity."""
+    """Raises ValueError unless 0 <= value < infinity, in float32."""
     _check_scalar(name, value)
-    if _is_concrete(value) and not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be non-negative and finite, got {value}.")
+    if _is_concrete(value) and not 0 <= value <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name} must be non-negative and finite in float32, got {value}.")
 
 
 def check_rate(name: str, rate: Any) -> None:
@@ -97,11 +96,45 @@ def check_leaf(
                 f"gradient {keystr(path())} has shape {np.shape(gradient)}, but state.{name} "
                 f"there has shape {np.shape(moment)}. A gradient has its parameter's shape."
             )
+    for name, leaf in zip(names, stored, strict=True):
+        if hasattr(leaf, "scales"):
+            rows = (*np.shape(gradient)[:-1], 1) if leaf.codes.dtype == np.uint8 else ()
+            if np.shape(leaf.scales) != rows:
+                raise ValueError(
+                    f"state.{name}.scales{keystr(path())} has shape {np.shape(leaf.scales)}, where "
+                    f"gradient and codes have one scale a row, shape {rows}. Pass the state of "
+                    "init, or of its checkpoint."
+                )
     if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(arrays[0]):
         raise TypeError(
             f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but state.{names[0]} there "
             f"has dtype {_dtype(arrays[0])}. A gradient is complex where its parameter is, and "
             "only there."
+        )
+
+
+def check_param(path: Callable[[], KeyPath], gradient: Any, param: Any) -> None:
+    """Checks that a gradient leaf and a parameter belong to each other."""
+    _check_inexact("gradient", path, gradient)
+    if np.shape(gradient) != np.shape(param):
+        raise ValueError(
+            f"gradient {keystr(path())} has shape {np.shape(gradient)}, but the parameter there "
+            f"has shape {np.shape(param)}. A gradient has its parameter's shape."
+        )
+    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(param):
+        raise TypeError(
+            f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but the parameter there has "
+            f"dtype {_dtype(param)}. A gradient is complex where its parameter is, and only there."
+        )
+
+
+def check_state(kind: type[Any], state: Any) -> None:
+    """Raises TypeError unless the state is of this kind."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"expected the {kind.__name__} that init returns, got {type(state).__name__}. A "
+            "checkpoint restored without a target loses its types: restore it onto the state "
+            "from init."
         )
 
 
@@ -169,6 +202,11 @@ def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[An
             f"the gradients and {name} have different tree structures: {detail}. Pass gradients "
             "with the structure of the parameters that init was called with."
         ) from error
+
+
+def leaf_path(tree: Any, i: int) -> KeyPath:
+    """The path of the i-th leaf, None being one: only errors need it, so only they pay for it."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0][i][0]
 
 
 def keystr(path: KeyPath) -> str:

@@ -9,7 +9,16 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from adam_jax._checks import check_choice, check_leaves, flatten_up_to, only_state
+from adam_jax._checks import (
+    check_choice,
+    check_leaves,
+    check_param,
+    check_state,
+    flatten_up_to,
+    leaf_path,
+    only_state,
+)
+from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import join, random_bits, split
 from adam_jax._types import Leaf, RealLeaf, Word, Words
 
@@ -125,9 +134,13 @@ def master_weights(
             raise ValueError(
                 "master_weights needs the parameters: call update(gradients, state, params)."
             )
+        check_state(MasterWeightsState, state)
         gradients, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         old_params = flatten_up_to(tree, updates, params, "params")
         stored = bool(jax.tree.leaves(state.remainder))
+        for i, (g, p) in enumerate(zip(gradients, old_params, strict=True)):
+            if g is not None and is_low(p):  # it would be cast, whatever it is
+                check_param(functools.partial(leaf_path, updates, i), g, p)
         remainders = (
             flatten_up_to(tree, updates, state.remainder, "state.remainder")
             if stored
@@ -252,7 +265,9 @@ def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
 
 
 def _widened(gradient: Any, param: Any) -> Any:
-    return gradient if gradient is None or not is_low(param) else jnp.asarray(gradient, np.float32)
+    if gradient is None or not is_low(param):
+        return gradient
+    return jnp.asarray(gradient, arithmetic_dtype(jnp.result_type(gradient)))
 
 
 def _quiet(x: RealLeaf) -> RealLeaf:

@@ -72,16 +72,18 @@ def abs_sq(x: Leaf) -> RealLeaf:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-def saturate(g: Leaf) -> Leaf:
-    """Limits finite gradients to 2^63 in magnitude (float64: 2^511), so that squares stay finite.
+def saturate(g: Leaf, stored: DTypeLike) -> Leaf:
+    """Limits finite gradients to 2^63 in magnitude, so that squares stay finite.
+
+    `stored` is the narrowest dtype that moments are stored in; for float64 the limit is 2^511.
 
     Without it a single gradient of 1e20 makes nu infinite for ever, and without limiting the
     first moment too the step would exceed its bound. Infinity and NaN pass: they mean that a
     computation failed, and hiding that is not an optimizer's business.
     """
     if jnp.iscomplexobj(g):
-        return jax.lax.complex(saturate(g.real), saturate(g.imag))
-    limit = g.dtype.type(2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1))
+        return jax.lax.complex(saturate(g.real, stored), saturate(g.imag, stored))
+    limit = g.dtype.type(2.0 ** (jnp.finfo(stored).maxexp // 2 - 1))
     return jax.lax.select(jax.lax.is_finite(g), jax.lax.clamp(-limit, g, limit), g)
 
 

@@ -117,6 +117,8 @@ def format_of(tree: Any, requested: str | None) -> str | None:
     if isinstance(tree, Int8Moment):
         return "int8"
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    if not leaves:
+        return requested
     for format in ("int8", "bfloat16"):
         if any(leaf.dtype == format for leaf in leaves):
             return format
@@ -153,9 +155,9 @@ def to_tree(leaves: Sequence[Second], unflatten: Callable[[Any], Any], moment: M
 
 
 def float_dtypes(stored: Stored) -> list[np.dtype[Any]]:
-    """The dtypes of those of a leaf's moments that are not codes."""
-    dtypes = [_parts(moment)[0].dtype for moment in stored]
-    return [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    """The dtypes of those of a leaf's moments that are not codes, and of scales."""
+    parts = [scale if scale is not None else codes for codes, scale in map(_parts, stored)]
+    return [x.dtype for x in parts if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def scale_of(stored: Stored, dtype: DTypeLike) -> RealLeaf | None:

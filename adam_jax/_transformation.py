@@ -22,14 +22,17 @@ from adam_jax._checks import (
     check_format,
     check_leaf,
     check_leaves,
+    check_param,
     check_rate,
     check_real,
+    check_state,
     flatten_up_to,
     keystr,
+    leaf_path,
 )
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
 from adam_jax._storage import Draw, Moment, Moments, Second, Stored
-from adam_jax._types import KeyPath, Leaf, LearningRate, Mask, RealLeaf, WeightDecay
+from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, WeightDecay
 
 
 class Algorithm(NamedTuple):
@@ -88,9 +91,10 @@ def descend(
     ) -> tuple[optax.Updates, tuple[Any, ...]]:
         del extra_args
         if not isinstance(state, tuple) or len(cast(tuple[Any, ...], state)) != 1 + len(tail):
+            size = f" of {len(state)}" if isinstance(state, tuple) else ""
             raise ValueError(
-                f"expected a state of {1 + len(tail)} parts, as init returns it, got "
-                f"{type(state).__name__} of {len(state)}."
+                f"expected a tuple of {1 + len(tail)} states, as init returns it, got "
+                f"{type(state).__name__}{size}."
             )
         direction_state, *tail_states = state
         rates = _per_leaf("learning_rate", _at(learning_rate, tail_states[-1]), updates)
@@ -135,12 +139,7 @@ def _update(
     decays: Sequence[Any] | None = None,
 ) -> tuple[optax.Updates, Any]:
     """One step on every leaf; a leaf whose gradient is None keeps its moments as they are."""
-    if not isinstance(state, algorithm.state):
-        raise TypeError(
-            f"expected the {algorithm.state.__name__} that init returns, got "
-            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
-            "restore it onto the state from init."
-        )
+    check_state(algorithm.state, state)
     gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=_is_none)
 
     def leaves(tree: Any, name: str) -> list[Any]:
@@ -165,7 +164,10 @@ def _update(
         if g is None:
             outcome.append((None, stored))
             continue
-        check_leaf(lambda i=i: _path(gradients, i), g, stored, names)
+        path = functools.partial(leaf_path, gradients, i)
+        check_leaf(path, g, stored, names)
+        if decays is not None:
+            check_param(path, g, param_leaves[i])
         outcome.append(
             _leaf_step(
                 algorithm.advance,
@@ -225,8 +227,10 @@ def _leaf_step(
 ) -> tuple[Leaf, Stored]:
     """One leaf's step. Jitted by itself: traced once per shape, and one call in eager use."""
     gradient_dtype = gradient.dtype
-    wide = arithmetic_dtype(gradient.dtype, *_storage.float_dtypes(stored))
+    dtypes = _storage.float_dtypes(stored)
+    wide = arithmetic_dtype(gradient.dtype, *dtypes)
     real = real_dtype(wide)
+    narrowest = min(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
         s = scalars.unpack(real)
@@ -235,13 +239,14 @@ def _leaf_step(
         if scale is not None:
             # The same average, of each row's largest gradient: never less than any of its nu, and
             # known without them.
-            largest = saturate(jnp.max(jnp.abs(gradient), axis=-1, keepdims=True).astype(real))
-            _, scale = advance(largest, (jnp.zeros_like(scale), scale), s)
+            _, scale = advance(
+                saturate(_largest(gradient, real), narrowest), (jnp.zeros_like(scale), scale), s
+            )
 
         def encoded(
             gradient: Leaf, stored: Stored, scale: RealLeaf | None, draw: Draw | None
         ) -> tuple[Any, Moments]:
-            g = saturate(gradient.astype(wide))
+            g = saturate(gradient.astype(wide), narrowest)
             moments = advance(g, _storage.load(stored, real, step - 1), s)
             return _storage.encode(moments, stored, scale, draw)
 
@@ -252,12 +257,23 @@ def _leaf_step(
         new, moments = _storage.fitted(encoded, real, *inputs)
         stored = _storage.unpack(new, *inputs[1:3])
         # From the moments as they are stored, so that a step needs no others.
-        update = direction(saturate(gradient.astype(wide)), moments, s)
+        update = direction(saturate(gradient.astype(wide), narrowest), moments, s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(real) * param.astype(wide)
         if learning_rate is not None:
             update = -learning_rate.astype(real) * update
     return update.astype(gradient_dtype), stored
+
+
+def _largest(gradient: Leaf, dtype: DTypeLike) -> RealLeaf:
+    """Each row's largest magnitude, and NaN where there is one.
+
+    As integers, patterns of numbers that are not negative have the order of the numbers, and those
+    of NaN come last. A maximum of floats in which XLA for CPU uses vectors loses NaN.
+    """
+    magnitude = jnp.abs(gradient).astype(dtype)
+    pattern = jax.lax.bitcast_convert_type(magnitude, f"int{jnp.finfo(dtype).bits}")
+    return jax.lax.bitcast_convert_type(jnp.max(pattern, axis=-1, keepdims=True), dtype)
 
 
 def _at(rate: LearningRate, state: Any) -> Any:
@@ -291,13 +307,10 @@ def _per_leaf(name: str, prefix: Any, tree: Any) -> list[Any]:
     values = jax.tree.leaves(spread, is_leaf=_is_none)
     for i, leaf in enumerate(jax.tree.leaves(tree, is_leaf=_is_none)):
         if values[i] is None and leaf is not None:
-            raise ValueError(f"{name} is None at {keystr(_path(tree, i))}, which has a gradient.")
+            raise ValueError(
+                f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient."
+            )
     return values
-
-
-def _path(tree: Any, i: int) -> KeyPath:
-    """The path of the i-th leaf: only errors need it, so only they pay for it."""
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)[0][i][0]
 
 
 def _is_none(x: Any) -> bool:

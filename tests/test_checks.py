@@ -35,13 +35,14 @@ def test_decay_rates_out_of_range(row, name, value):
 
 
 @each_row
-@pytest.mark.parametrize("value", [-1e-8, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [-1e-8, float("inf"), float("nan"), 1e39])
 @pytest.mark.parametrize("name", ["eps", "eps_root"])
 def test_negative_or_infinite_eps(row, name, value):
     make = functools.partial(row.make, **{name: value})
     if row.takes(name):
         with pytest.raises(
-            ValueError, match=f"{name} must be non-negative and finite, got {value}"
+            ValueError,
+            match=f"{name} must be non-negative and finite in float32, got {re.escape(str(value))}",
         ):
             make()
 
@@ -148,6 +149,41 @@ def test_decay_without_parameters(name):
         optimizer.update(PARAMS, optimizer.init(PARAMS))
 
 
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "adamaxw"])
+def test_decay_of_other_parameters(name):
+    """They would be broadcast, and so would the update."""
+    optimizer = getattr(adam_jax, name)(0.1)
+    state = optimizer.init(PARAMS)
+    message = r"gradient \['dense'\]\['kernel'\] has shape \(2, 3\), but the parameter .* \(1, 3\)"
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(PARAMS, state, with_kernel(jnp.ones((1, 3))))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "error", "detail"),
+    [
+        (jnp.ones((2, 3), int), TypeError, "has dtype int32; only real and complex"),
+        (jnp.ones((2, 3), bool), TypeError, "has dtype bool; only real and complex"),
+        (jnp.ones((2, 3), complex), TypeError, "has dtype complex64, but the parameter there has"),
+        (jnp.ones((1, 3)), ValueError, r"has shape \(1, 3\), but the parameter there has shape"),
+    ],
+)
+def test_gradients_of_16_bit_parameters_are_not_just_cast(gradient, error, detail):
+    params = optax.tree.cast(PARAMS, jnp.bfloat16)
+    optimizer = adam_jax.master_weights(optax.sgd(0.1), "int8")  # which would take any of them
+    with pytest.raises(error, match=rf"gradient \['dense'\]\['kernel'\] {detail}"):
+        optimizer.update(with_kernel(gradient), optimizer.init(params), params)
+
+
+def test_scales_of_something_else():
+    params = {"w": jnp.ones((64, 128))}
+    optimizer = adam_jax.adam(0.1, nu_dtype="int8")
+    state = optimizer.init(params)
+    nu = state[0].nu._replace(scales={"w": jnp.ones((1, 1))})
+    with pytest.raises(ValueError, match=r"state.nu.scales\['w'\] has shape \(1, 1\).* \(64, 1\)"):
+        optimizer.update(params, (state[0]._replace(nu=nu), *state[1:]))
+
+
 def test_averaging_without_parameters():
     optimizer = adam_jax.average_params(adam_jax.adam(0.1))
     with pytest.raises(ValueError, match="average_params needs the parameters"):
@@ -160,8 +196,16 @@ def test_states_of_something_else():
     optimizer = adam_jax.scale_by_adam()
     with pytest.raises(TypeError, match=r"expected the ScaleByAdamState .*got dict"):
         optimizer.update(PARAMS, {"count": 0, "mu": PARAMS, "nu": PARAMS})
-    with pytest.raises(ValueError, match="expected a state of 2 parts"):
-        adam_jax.adam(0.1).update(PARAMS, optimizer.init(PARAMS))
+    for state, got in [(optimizer.init(PARAMS), "ScaleByAdamState of 3"), (None, "NoneType")]:
+        with pytest.raises(ValueError, match=f"expected a tuple of 2 states, .* got {got}"):
+            adam_jax.adam(0.1).update(PARAMS, state)
+    wrappers = {
+        "AverageParamsState": adam_jax.average_params(optimizer),
+        "MasterWeightsState": adam_jax.master_weights(optimizer, "int8"),
+    }
+    for name, wrapper in wrappers.items():
+        with pytest.raises(TypeError, match=f"expected the {name} that init returns, got tuple"):
+            wrapper.update(PARAMS, (), PARAMS)
 
 
 def test_learning_rates_that_do_not_fit():

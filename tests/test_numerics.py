@@ -135,6 +135,27 @@ def test_one_huge_gradient_saturates_and_is_forgotten(g):
     np.testing.assert_allclose(state.nu, 2.0**126 * 0.001 * 0.999**2989, rtol=1e-4)
 
 
+@pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
+@pytest.mark.parametrize("nu_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("masters", [False, True], ids=["plain", "master_weights"])
+def test_a_huge_float64_gradient_of_moments_in_fewer_bits(masters, nu_dtype, x64):
+    """It is limited as what is stored has to be."""
+    optimizer = adam_jax.adam(1e-3, nu_dtype=nu_dtype)
+    if masters:
+        optimizer = adam_jax.master_weights(optimizer, "int8")
+    params = jnp.ones((64, 64), "bfloat16" if masters else "float32")
+    gradient = jnp.full((64, 64), 1e300)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(gradient, state, params)
+        assert jnp.isfinite(updates).all()
+        for leaf in jax.tree.leaves(state):
+            assert jnp.isfinite(leaf).all()
+    # All gradients have been alike, so that a step is alpha, in int8 about so.
+    if not masters:
+        np.testing.assert_allclose(updates, -1e-3, rtol=0.1 if nu_dtype == "int8" else 0.01)
+
+
 def test_a_huge_complex_gradient_saturates(x64):
     for dtype, huge in [("complex64", 3e38), ("complex128", 1e308)][: 1 + x64]:
         gradients = jnp.asarray([[1 + 1j], [huge * (1 - 1j)], [1 + 1j]], dtype)

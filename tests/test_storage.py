@@ -443,6 +443,16 @@ def test_what_cannot_be_stored_is_refused():
             adam_jax.adam(0.1, mu_dtype=format).init({"w": jnp.ones(SHAPE, jnp.complex64)})
 
 
+@pytest.mark.parametrize("params", [{}, {"a": None}], ids=["no leaf", "none"])
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_a_tree_without_leaves_is_in_every_format(format, params):
+    """Such as what a label of optax.multi_transform has that no parameter bears."""
+    optimizer = adam_jax.adam(0.1, mu_dtype=format, nu_dtype=format)
+    updates, state = optimizer.update(params, optimizer.init(params))
+    assert updates == params
+    assert state[0].count == 1
+
+
 def test_random_words_differ_between_the_moments():
     mu_words, nu_words = Draw(np.uint32(0), jnp.int32(1)).words((64, 64))
     correlation = np.corrcoef(np.ravel(mu_words) / 2.0**32, np.ravel(nu_words) / 2.0**32)
