@@ -15,6 +15,7 @@ from adam_jax._checks import (
     check_param,
     check_state,
     flatten_up_to,
+    keystr,
     leaf_path,
     only_state,
 )
@@ -138,14 +139,20 @@ def master_weights(
         gradients, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
         old_params = flatten_up_to(tree, updates, params, "params")
         stored = bool(jax.tree.leaves(state.remainder))
-        for i, (g, p) in enumerate(zip(gradients, old_params, strict=True)):
-            if g is not None and is_low(p):  # it would be cast, whatever it is
-                check_param(functools.partial(leaf_path, updates, i), g, p)
         remainders = (
             flatten_up_to(tree, updates, state.remainder, "state.remainder")
             if stored
             else [None] * len(gradients)
         )
+        for i, (g, p, r) in enumerate(zip(gradients, old_params, remainders, strict=True)):
+            path = functools.partial(leaf_path, updates, i)
+            if is_low(p) and g is not None:  # it would be cast, whatever it is
+                check_param(path, g, p)
+            if is_low(p) and r is not None and np.shape(r) != np.shape(p):
+                raise ValueError(
+                    f"state.remainder{keystr(path())} has shape {np.shape(r)}, but the parameter "
+                    f"has shape {np.shape(p)}. Pass the state that belongs to these parameters."
+                )
         masters = [master_leaf(p, r) for p, r in zip(old_params, remainders, strict=True)]
         steps, inner_state = inner.update(
             tree.unflatten([_widened(g, p) for g, p in zip(gradients, old_params, strict=True)]),

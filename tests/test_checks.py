@@ -175,6 +175,14 @@ def test_gradients_of_16_bit_parameters_are_not_just_cast(gradient, error, detai
         optimizer.update(with_kernel(gradient), optimizer.init(params), params)
 
 
+def test_remainders_of_something_else():
+    params = {"w": jnp.ones(7, jnp.bfloat16)}
+    optimizer = adam_jax.master_weights(optax.sgd(0.1), "int8")
+    state = optimizer.init({"w": jnp.ones((5, 7), jnp.bfloat16)})
+    with pytest.raises(ValueError, match=r"state.remainder\['w'\] has shape \(5, 7\).* \(7,\)"):
+        optimizer.update(params, state, params)
+
+
 def test_scales_of_something_else():
     params = {"w": jnp.ones((64, 128))}
     optimizer = adam_jax.adam(0.1, nu_dtype="int8")
