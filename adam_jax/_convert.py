@@ -30,6 +30,7 @@ def convert_state(
     What it returns is what an optimizer made with these `mu_dtype` and `nu_dtype` goes on from;
     states of `optax.adam`, with whatever `mu_dtype`, are accepted too. They are rounded as a step
     rounds them, in bfloat16 and int8 at random. In int8 a row's scale starts as its largest nu.
+    Leaves that are in their formats already stay as they are.
 
     Args:
         state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
@@ -114,6 +115,9 @@ def converted(state: Any, mu: Moment, nu: Moment) -> Any:
         pairs = zip(moments.values(), numbers, strict=True)
         numbers = cast(Moments, tuple(x.real if moment.real else x for moment, x in pairs))
         like = cast(Stored, tuple(map(_storage.zeros, moments.values(), numbers)))
+        if _dtypes(like) == _dtypes(stored):
+            leaves.append(stored)  # encoded anew, a number may become its neighbour
+            continue
         scale = None
         if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:
             scale = jnp.max(numbers[1], axis=-1, keepdims=True)
@@ -124,3 +128,7 @@ def converted(state: Any, mu: Moment, nu: Moment) -> Any:
         for k, (name, moment) in enumerate(moments.items())
     }
     return state._replace(**trees)
+
+
+def _dtypes(stored: Stored) -> list[Any]:
+    return [x.dtype for x in jax.tree.leaves(stored)]

@@ -7,7 +7,7 @@ Memory sets the pace of a step, so a copy says first how fast it is. Then each c
 process of its own, in which its library takes the memory that it needs and no other library any.
 They step in turns, as many of them as the memory has room for; reported are medians over the
 rounds. torch's parameters are float32; where torch is not installed, times are compared with
-optax's. It takes some six minutes. The columns:
+optax's. It takes seven and a half minutes on an H200. The columns:
 
 - bandwidth / a copy's: bytes moved per second, over those of the copy; in both, what is read and
   what is written. Moved are the bytes that no step can do without: parameters, gradients and state
@@ -30,7 +30,6 @@ alone.
 import argparse
 import datetime
 import functools
-import gc
 import itertools
 import math
 import multiprocessing
@@ -113,16 +112,12 @@ def one_process() -> ProcessPoolExecutor:
 
 
 def trees(small: bool) -> dict[str, Shapes]:
-    """The shapes of each tree's leaves.
-
-    They grow, so that the most memory a process has ever held is that of the tree at hand: JAX's
-    count can't be set back. (On a CPU, where the `small` ones are for, there is none.)
-    """
+    """The shapes of each tree's leaves; the `small` ones are for a CPU."""
     many, leaf = (2, (128, 64)) if small else (1000, (16384, 16384))
     return {
-        f"{many} leaves of (128, 64)": [(128, 64)] * many,
-        "GPT-2": gpt2(64, 128, 128, 0) if small else gpt2(768, 50257, 1024, 12),
         f"one leaf of {leaf}": [leaf],
+        "GPT-2": gpt2(64, 128, 128, 0) if small else gpt2(768, 50257, 1024, 12),
+        f"{many} leaves of (128, 64)": [(128, 64)] * many,
     }
 
 
@@ -152,8 +147,6 @@ def look_around(small: bool) -> Machine:
 
 def prepare(name: str, shapes: Shapes, has_gpu: bool) -> int:
     """Makes a contestant ready for a tree, compiled, and returns the bytes that its step moves."""
-    trainers.pop(name, None)  # the tree before goes first
-    gc.collect()
     trainer = with_torch(name, shapes, has_gpu) if name in TORCH_ADAM else with_jax(name, shapes)
     trainer.step()
     trainer.wait()
@@ -238,8 +231,6 @@ def with_torch(name: str, shapes: Shapes, has_gpu: bool) -> Trainer:
     """One of torch's Adams, in float32."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    if has_gpu:
-        torch.cuda.empty_cache()
     device = "cuda" if has_gpu else "cpu"
     params = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
     for param in params:
@@ -265,8 +256,6 @@ def race(
     contestants: Sequence[Contestant], shapes: Shapes, here: Machine, seconds: float, progress: tqdm
 ) -> dict[str, Result | Exception]:
     """What comes of each contestant on one tree: all get ready at once, then step in turns."""
-    for contestant in contestants:
-        contestant.failure = None
     with ThreadPoolExecutor(len(contestants)) as threads:
         moved = list(threads.map(lambda one: one.ask(prepare, shapes, here.has_gpu), contestants))
     samples = {contestant.name: [] for contestant in contestants}
@@ -285,9 +274,43 @@ def race(
     return results
 
 
+def measure(
+    names: Sequence[str], shapes: Shapes, here: Machine, small: bool, progress: tqdm
+) -> dict[str, Result | Exception]:
+    """The races on one tree, each of as many contestants as the memory has room for.
+
+    With fresh processes for each tree: JAX's count of the most memory it took can't be set back.
+    """
+    # Adam's 16 bytes per parameter; and as many for temporaries and what allocators keep in hand.
+    at_once = max(1, int(min(here.memory / (2 * 16 * elements(shapes)), len(names))))
+    results = {}
+    for first in range(0, len(names), at_once):
+        batch = names[first : first + at_once]
+        # Without a GPU nobody counts memory, and one process for all is faster to start.
+        with ExitStack() as stack:
+            count = len(batch) if here.has_gpu else 1
+            processes = [stack.enter_context(one_process()) for _ in range(count)]
+            contestants = list(map(Contestant, batch, itertools.cycle(processes)))
+            results |= race(contestants, shapes, here, 0.0 if small else SECONDS, progress)
+    return results
+
+
 def takes_part(name: str, shapes: Shapes) -> bool:
     """Whether a contestant is compiled for so many leaves in a time that one can wait."""
     return len(shapes) < 1000 or name in MANY_LEAVES
+
+
+def print_table(
+    case: str, results: dict[str, Result | Exception], parameters: int, bandwidth: float
+) -> None:
+    """A tree's table, as soon as it is known."""
+    reference = TORCH if TORCH in results else OPTAX
+    columns = ["bandwidth / a copy's", f"time / {reference}", "ms", "launch, ms"]
+    columns += ["bytes moved", "peak bytes"]
+    print(f"\n| {case} | {' | '.join(columns)} |")
+    print("|---" * (1 + len(columns)) + "|")
+    for name, result in results.items():
+        print(row(name, result, parameters, bandwidth, results[reference]), flush=True)
 
 
 def row(name: str, result: Result | Exception, parameters: int, bandwidth: float, peer: Any) -> str:
@@ -330,36 +353,15 @@ def main() -> None:
         print("This is no GPU: the numbers are only there to show that the benchmark runs.\n")
     print(f"A copy moves {here.bandwidth / 1e12:.3g} TB/s, read and written.", flush=True)
 
-    cases = trees(options.small)
     names = [*(TORCH_ADAM if has_torch() else []), *settings()]
-    # Adam's 16 bytes per parameter; and as many for temporaries and what allocators keep in hand.
-    room = here.memory / (2 * 16 * max(map(elements, cases.values())))
-    at_once = max(1, int(min(room, len(names))))
+    cases = trees(options.small)
     total = sum(takes_part(name, shapes) for shapes in cases.values() for name in names)
-    progress = tqdm(total=ROUNDS * total, unit="sample")
-    results = {case: {} for case in cases}
-    for first in range(0, len(names), at_once):
-        batch = names[first : first + at_once]
-        with ExitStack() as stack:
-            # Without a GPU nobody counts memory, and one process for all is faster to start.
-            count = len(batch) if here.has_gpu else 1
-            processes = [stack.enter_context(one_process()) for _ in range(count)]
-            contestants = list(map(Contestant, batch, itertools.cycle(processes)))
-            for case, shapes in cases.items():
-                some = [one for one in contestants if takes_part(one.name, shapes)]
-                if some:
-                    seconds = 0.0 if options.small else SECONDS
-                    results[case] |= race(some, shapes, here, seconds, progress)
-    progress.close()
-
-    reference = TORCH if has_torch() else OPTAX
-    columns = ["bandwidth / a copy's", f"time / {reference}", "ms", "launch, ms"]
-    columns += ["bytes moved", "peak bytes"]
-    for case, rows in reversed(results.items()):
-        print(f"\n| {case} | {' | '.join(columns)} |")
-        print("|---" * (1 + len(columns)) + "|")
-        for name, result in rows.items():
-            print(row(name, result, elements(cases[case]), here.bandwidth, rows[reference]))
+    results = {}
+    with tqdm(total=ROUNDS * total, unit="sample") as progress:
+        for case, shapes in cases.items():
+            some = [name for name in names if takes_part(name, shapes)]
+            results[case] = measure(some, shapes, here, options.small, progress)
+            print_table(case, results[case], elements(shapes), here.bandwidth)
     if any(isinstance(result, Exception) for rows in results.values() for result in rows.values()):
         sys.exit("Not every contestant came through.")
 

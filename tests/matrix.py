@@ -4,7 +4,7 @@
     uv run --group compilers pytest tests/compiled --junitxml out/compiled.xml
     uv run tests/matrix.py out/cpu.xml out/compiled.xml > docs/tests.md
 
-The report of the first command on a machine with a GPU becomes that GPU's column:
+The report of the first command on a machine with a GPU makes one more column:
 
     uv run tests/matrix.py out/cpu.xml out/compiled.xml --ran "H200, 2027-01-31" out/h200.xml
 """
@@ -25,6 +25,7 @@ HEADER = """\
 Made by `tests/matrix.py` of the reports of the test runs, and compared with them in CI: nothing
 below is typed. A number is how many cases of a test passed. "Compiled" is a program that the
 compiler for a device makes on any machine; it is read, and run in NumPy, but not on the device.
+CI has no GPU: [what ran on one](devices.md#on-a-gpu) is said elsewhere.
 """
 
 
@@ -105,12 +106,12 @@ def main():
     options = parser.parse_args()
     # A set, since with the compilers installed the first report has what the second has.
     found = {*results(options.cpu), *results(options.compiled)}
-    gpu = "ran on a GPU: not yet"
+    places = [CPU, *COMPILED.values()]
     if options.ran:
         where, report = options.ran
-        gpu = f"ran on {where}"
-        found |= {*results(report, gpu)}
-    print("\n".join(page(found, [CPU, *COMPILED.values(), gpu])))
+        places.append(f"ran on {where}")
+        found |= {*results(report, places[-1])}
+    print("\n".join(page(found, places)))
 
 
 if __name__ == "__main__":

@@ -574,7 +574,8 @@ def test_donated_step(row):
     assert kernel.is_deleted()
     assert mu.is_deleted()
     expected = jax.tree.map(lambda p, u: p + u[0], before, desired)
-    chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-9)
+    # Relative to the leaf, since a step may cancel a parameter.
+    assert_close(params, expected, 1e-6)
 
 
 @each_row

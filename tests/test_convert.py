@@ -40,9 +40,7 @@ def test_a_run_goes_on_in_another_format(formats, factory):
     back, _ = plain.update(g, adam_jax.convert_state(converted), params)
     assert jnp.isfinite(back["w"]).all()
     # From one of the formats into itself nothing changes.
-    again = adam_jax.convert_state(adam_jax.convert_state(converted, *formats), *formats)
-    once = adam_jax.convert_state(converted, *formats)
-    chex.assert_trees_all_equal(again, once)
+    chex.assert_trees_all_equal(adam_jax.convert_state(converted, *formats), converted)
 
 
 @pytest.mark.usefixtures("standard_promotion")

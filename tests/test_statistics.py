@@ -255,7 +255,8 @@ def test_under_vmap_over_settings():
 
 
 def test_sharded_over_eight_devices():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=auto, devices=jax.devices("cpu"))
     optimizer = adam_jax.adamw(1e-3, mu_dtype="int8", nu_dtype="int8")
     params = tree({"kernel": (64, 128)})
     alone = run(optimizer, params, jax.tree.map(lambda p: p[None], params))[0]
