@@ -239,9 +239,8 @@ def _leaf_step(
         if scale is not None:
             # The same average, of each row's largest gradient: never less than any of its nu, and
             # known without them.
-            _, scale = advance(
-                saturate(_largest(gradient, real), narrowest), (jnp.zeros_like(scale), scale), s
-            )
+            largest = _largest(gradient.astype(wide), narrowest)
+            _, scale = advance(largest, (jnp.zeros_like(scale), scale), s)
 
         def encoded(
             gradient: Leaf, stored: Stored, scale: RealLeaf | None, draw: Draw | None
@@ -265,15 +264,20 @@ def _leaf_step(
     return update.astype(gradient_dtype), stored
 
 
-def _largest(gradient: Leaf, dtype: DTypeLike) -> RealLeaf:
-    """Each row's largest magnitude, and NaN where there is one.
+def _largest(gradient: Leaf, narrowest: DTypeLike) -> RealLeaf:
+    """Each row's largest saturated magnitude, and NaN where there is one.
 
     As integers, patterns of numbers that are not negative have the order of the numbers, and those
     of NaN come last. A maximum of floats in which XLA for CPU uses vectors loses NaN.
     """
-    magnitude = jnp.abs(gradient).astype(dtype)
-    pattern = jax.lax.bitcast_convert_type(magnitude, f"int{jnp.finfo(dtype).bits}")
-    return jax.lax.bitcast_convert_type(jnp.max(pattern, axis=-1, keepdims=True), dtype)
+    is_complex = jnp.iscomplexobj(gradient)
+    magnitude = jnp.abs(saturate(gradient, narrowest) if is_complex else gradient)
+    if is_complex:  # a root, rounded: its square must not be less than the sum of squares
+        magnitude = magnitude * (1 + 4 * jnp.finfo(magnitude.dtype).eps)
+    word = f"int{jnp.finfo(magnitude.dtype).bits}"
+    pattern = jnp.max(jax.lax.bitcast_convert_type(magnitude, word), axis=-1, keepdims=True)
+    largest = jax.lax.bitcast_convert_type(pattern, magnitude.dtype)
+    return largest if is_complex else saturate(largest, narrowest)
 
 
 def _at(rate: LearningRate, state: Any) -> Any:

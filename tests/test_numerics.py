@@ -164,6 +164,20 @@ def test_a_huge_complex_gradient_saturates(x64):
         assert jnp.isfinite(state.nu).all()
 
 
+def test_a_huge_complex_gradient_and_nu_in_int8():
+    """Its magnitude is infinite in complex64, and once its parts are limited still beyond that."""
+    gradient = jnp.full((64, 64), 3e38 * (1 + 1j), jnp.complex64)
+    optimizer = adam_jax.scale_by_adam(nu_dtype="int8")
+    state = optimizer.init(gradient)
+    for _ in range(3):
+        updates, state = optimizer.update(gradient, state)
+        assert jnp.isfinite(updates).all()
+        assert jnp.isfinite(state.nu.scales).all()
+        plain = adam_jax.convert_state(state).nu
+        assert jnp.all(plain <= state.nu.scales)
+        np.testing.assert_allclose(plain[:, :1], state.nu.scales, rtol=0.1)  # all are alike
+
+
 def test_complex_nu_is_real_and_the_squared_magnitude():
     g = jnp.array([3 + 4j, 1j], jnp.complex64)
     optimizer = adam_jax.scale_by_adam(b1=0.0, b2=0.0)
