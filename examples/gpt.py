@@ -2,14 +2,17 @@
 
     uv run examples/gpt.py
     uv run examples/gpt.py --param-dtype bfloat16 --remainder int8 --mu-dtype int8 --nu-dtype int8
+    uv run examples/gpt.py --checkpoints out/checkpoints
     uv run examples/gpt.py --logdir out/logs
     uv run --with tensorboard tensorboard --logdir out/logs
 
 The default settings take about two minutes on two CPU cores. The text is on every machine that
 runs Python: nothing is downloaded. Every tenth file is held out. The second command keeps weights,
-gradients and optimizer state in 7 bytes per parameter instead of 16. The third one writes
-down what `adam_jax.step_statistics` says of every tenth step, and the last shows it. Losses compare
-between runs under one version of Python, since every version has a text of its own.
+gradients and optimizer state in 7 bytes per parameter instead of 16. The third one saves every 50
+steps and, given once more, continues: a run that was killed, at any moment and however often, comes
+to the same bits as one that was not. The fourth one writes down what `adam_jax.step_statistics`
+says of every tenth step, and the last shows it. Losses compare between runs under one version of
+Python, since every version has a text of its own.
 """
 
 # pyright: basic
@@ -21,6 +24,7 @@ import os
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from checkpoints import CheckpointError, Checkpoints
 from flax import nnx
 from matplotlib.figure import Figure
 from mnist import Parser, bytes_per_parameter, make_optimizer
@@ -42,6 +47,8 @@ VOCABULARY = 256
 HEAD_WIDTH = 32
 STEPS_PER_CALL = 10  # one call runs several: on a CPU a third faster than one by one
 EVALUATIONS = 10
+SAVE_EVERY = 50  # steps: a killed run loses at most these
+FREE = {"prompt", "temperature", "logdir", "checkpoints", "output"}  # settings that change no step
 SAMPLED_BYTES = 300
 LOG_2 = math.log(2)  # nats per bit
 
@@ -172,6 +179,15 @@ class Result(NamedTuple):
     memory: float  # bytes per parameter, for the weights and the optimizer's state
 
 
+def settings_of_steps(
+    settings: argparse.Namespace, text: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
+    """What every step depends on: only a run with the same may continue from a checkpoint."""
+    chosen = {name: value for name, value in vars(settings).items() if name not in FREE}
+    checksum = zlib.crc32(text[0].tobytes())
+    return chosen | {"text": f"{len(text[0]):,} bytes (CRC {checksum:08x})"}
+
+
 def train(
     settings: argparse.Namespace,
     text: tuple[np.ndarray, np.ndarray],
@@ -191,44 +207,64 @@ def train(
     key = jax.random.key(settings.seed)
     tokens_per_step = settings.batch_size * settings.context
 
-    losses, held_out_losses, speeds = [], {}, []
+    checkpoints = Checkpoints(settings.checkpoints, settings_of_steps(settings, text))
+    carry, progress = checkpoints.latest(carry, {"losses": [], "held_out": [], "speeds": []})
+    losses, held_out_losses, speeds = progress.values()
+    saved = len(losses)
     stages = np.array_split(np.arange(settings.steps), min(EVALUATIONS, settings.steps))
+    lengths = {stage[-1] + 1: len(stage) for stage in stages}  # by the step that a stage ends with
+    calls = [
+        steps
+        for stage in stages
+        for steps in np.split(stage, range(STEPS_PER_CALL, len(stage), STEPS_PER_CALL))
+        if steps[0] >= saved
+    ]
     watched = settings.logdir is not None
     # With disable=None there is no bar where it could not move, such as in a log file.
     with (
+        checkpoints,
         tqdm(
             total=settings.steps * tokens_per_step,
+            initial=saved * tokens_per_step,
             unit=" tokens",
             unit_scale=True,
             leave=False,
             disable=None,
         ) as bar,
-        SummaryWriter(settings.logdir, write_to_disk=watched) as writer,
+        SummaryWriter(
+            settings.logdir, write_to_disk=watched, purge_step=saved + 1 if saved else None
+        ) as writer,
     ):
-        for stage in stages:
-            for steps in np.split(stage, range(STEPS_PER_CALL, len(stage), STEPS_PER_CALL)):
-                began = time.perf_counter()
-                carry, (new, statistics) = train_steps(
-                    graph, optimizer, batch_shape, carry, jnp.asarray(steps), training, key, watched
-                )
-                losses.extend(np.asarray(new))
-                speeds.append(len(steps) * tokens_per_step / (time.perf_counter() - began))
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                bar.update(len(steps) * tokens_per_step)
-                writer.add_scalar("loss/training", losses[-1], len(losses))
-                for name, values in jax.device_get(statistics).items():
-                    writer.add_scalar(name, values[-1], len(losses))
-            # An eighth of the held-out text shows how it goes, all of it comes at the end.
-            part = windows if len(losses) == settings.steps else windows[::8]
-            held_out_losses[len(losses)] = loss = float(held_out_loss(graph, carry[0], part))
-            writer.add_scalar("loss/held_out", loss, len(losses))
-            bar.write(
-                f"step {len(losses):5}: training loss {np.mean(losses[-len(stage) :]):.4f}, "
-                f"held-out loss {loss:.4f}"
+        if saved:
+            bar.write(f"continuing from step {saved}")
+        for steps in calls:
+            began = time.perf_counter()
+            carry, (new, statistics) = train_steps(
+                graph, optimizer, batch_shape, carry, jnp.asarray(steps), training, key, watched
             )
+            losses.extend(np.asarray(new).tolist())
+            speeds.append(len(steps) * tokens_per_step / (time.perf_counter() - began))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update(len(steps) * tokens_per_step)
+            writer.add_scalar("loss/training", losses[-1], len(losses))
+            for name, values in jax.device_get(statistics).items():
+                writer.add_scalar(name, values[-1], len(losses))
+            if length := lengths.get(len(losses)):
+                # An eighth of the held-out text shows how it goes, all of it comes at the end.
+                part = windows if len(losses) == settings.steps else windows[::8]
+                loss = float(held_out_loss(graph, carry[0], part))
+                held_out_losses.append((len(losses), loss))
+                writer.add_scalar("loss/held_out", loss, len(losses))
+                bar.write(
+                    f"step {len(losses):5}: training loss {np.mean(losses[-length:]):.4f}, "
+                    f"held-out loss {loss:.4f}"
+                )
+            if len(losses) >= saved + SAVE_EVERY or len(losses) == settings.steps:
+                checkpoints.save(len(losses), carry, progress)
+                saved = len(losses)
     # The median leaves the compilation out.
-    speed = float(np.median(speeds))
-    return Result(nnx.merge(graph, carry[0]), np.array(losses), held_out_losses, speed, memory)
+    speed, by_step = float(np.median(speeds)), dict(held_out_losses)
+    return Result(nnx.merge(graph, carry[0]), np.array(losses, np.float32), by_step, speed, memory)
 
 
 def sample(model: GPT, prompt: bytes, temperature: float, context: int, key: jax.Array) -> bytes:
@@ -287,6 +323,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prompt", default="def ", metavar="TEXT", help="what the sample begins with")
     add("--temperature", type=float, default=0.8, metavar="T", help="of the sample")
     add("--logdir", type=Path, metavar="DIR", help="for TensorBoard: losses, and how steps go")
+    add("--checkpoints", type=Path, metavar="DIR", help="to save in, and to continue from")
     parser.add_training_flags(
         VARIANTS, learning_rate=4e-3, batch_size=16, output=Path("out/gpt.png")
     )
@@ -302,6 +339,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if not 0 < args.temperature < math.inf:
         parser.error(f"argument --temperature: must be positive, got {args.temperature}")
     parser.check_training_flags(args)
+    if args.checkpoints:
+        try:
+            args.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --checkpoints: {error}")
+        if not os.access(args.checkpoints, os.W_OK):
+            parser.error(f"argument --checkpoints: cannot write in {args.checkpoints}")
     return args
 
 
@@ -333,6 +377,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except CheckpointError as error:
+        sys.exit(f"gpt.py: error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # as the shell reports a program that Ctrl-C ended

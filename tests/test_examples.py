@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,84 @@ def test_gpt_learns_and_plots(tmp_path, flags, memory):
     assert (("remainder_use", 100) in logged) == bool(flags)
 
 
+def train_and_save(checkpoints, output, more=""):
+    tiny = "--steps 100 --layers 1 --width 32 --context 16 --batch-size 4"
+    paths = ["--checkpoints", str(checkpoints), "--output", str(output)]
+    return run(f"-W error examples/gpt.py {tiny} {more}", *paths)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoints of a training, after 50 and 100 steps, and what it printed."""
+    folder = tmp_path_factory.mktemp("gpt")
+    finished = train_and_save(folder / "checkpoints", folder / "gpt.png")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return folder / "checkpoints", finished.stdout
+
+
+@pytest.fixture
+def checkpoints(saved, tmp_path):
+    """A copy of them."""
+    return shutil.copytree(saved[0], tmp_path / "checkpoints")
+
+
+@pytest.mark.slow
+def test_gpt_continues_from_its_last_checkpoint(saved, checkpoints, tmp_path):
+    shutil.rmtree(checkpoints / "100")
+    finished = train_and_save(checkpoints, tmp_path / "gpt.png")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    lines = finished.stdout.splitlines()
+    assert lines[1] == "continuing from step 50"
+    assert lines[2].startswith("step    60: ")
+    # Losses and what the model writes are those of the whole run; its speed is another one.
+    *desired, summary = saved[1].splitlines()
+    assert lines[2:-1] == desired[6:]
+    assert lines[-1].partition(" nats")[0] == summary.partition(" nats")[0]
+
+
+def cut(step):
+    largest = max(step.rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def flip_a_bit(step):
+    largest = max(step.rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def replace_by_another_program(step):
+    shutil.rmtree(step)
+    step.mkdir()
+    (step / "weights").write_bytes(b"foreign")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, replace_by_another_program])
+def test_gpt_says_which_checkpoint_is_damaged(damage, checkpoints, tmp_path):
+    damage(checkpoints / "100")
+    finished = train_and_save(checkpoints, tmp_path / "gpt.png")
+    assert finished.returncode == 1
+    assert f"gpt.py: error: the checkpoint {checkpoints / '100'} is damaged, or" in finished.stderr
+    advice = "Delete that directory, and the run continues from step 50."
+    assert finished.stderr.splitlines()[-1].endswith(advice)
+    assert "Traceback" not in finished.stderr
+    assert "step" not in finished.stdout
+
+
+@pytest.mark.slow
+def test_gpt_refuses_the_checkpoint_of_another_run(checkpoints, tmp_path):
+    finished = train_and_save(checkpoints, tmp_path / "gpt.png", "--seed 1 --mu-dtype int8")
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1
+    assert f"the checkpoint {checkpoints / '100'} is of another run, with " in finished.stderr
+    assert "seed 0 and not 1, mu_dtype float32 and not int8. Continue it with" in finished.stderr
+    assert "step" not in finished.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -97,6 +176,7 @@ def test_gpt_learns_and_plots(tmp_path, flags, memory):
         ("gpt.py --width 100", "--width: must be a multiple of 32, got 100"),
         ("gpt.py --temperature 0", "--temperature: must be positive, got 0.0"),
         ("gpt.py --prompt=", "--prompt: must not be empty"),
+        ("gpt.py --checkpoints /dev/null/here", "--checkpoints: "),
     ],
 )
 def test_a_wrong_value_is_one_line(arguments, message):
