@@ -1,5 +1,8 @@
 """Temporal averaging of the parameters: section 7.2 of Kingma and Ba, arXiv:1412.6980."""
 
+# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -24,14 +24,15 @@ def check_decay(name: str, b: Scalar) -> None:
     _check_scalar(name, b)
     # `optax.inject_hyperparams` rounds to the parameters' dtype: see `_moments.decay`.
     rounded = isinstance(b, jax.Array) and jnp.finfo(b.dtype).bits < 32
-    if _is_concrete(b) and not (0 <= b < 1 or (rounded and b == 1)):
+    # As a number: under jit, what is compared with an array is a tracer, whatever the array is.
+    if _is_concrete(b) and not (0 <= float(b) < 1 or (rounded and float(b) == 1)):
         raise ValueError(f"{name} must be in [0, 1), got {b}.")
 
 
 def check_not_negative(name: str, value: Scalar) -> None:
     """Raises ValueError unless 0 <= value < infinity, in float32."""
     _check_scalar(name, value)
-    if _is_concrete(value) and not 0 <= value <= float(np.finfo(np.float32).max):
+    if _is_concrete(value) and not 0 <= float(value) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name} must be non-negative and finite in float32, got {value}.")
 
 

@@ -1,5 +1,8 @@
 """Training with bfloat16 and float16 parameters as if they had more bits."""
 
+# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 
@@ -148,6 +151,12 @@ def master_weights(
             path = functools.partial(leaf_path, updates, i)
             if is_low(p) and g is not None:  # it would be cast, whatever it is
                 check_param(path, g, p)
+            if not is_low(p) and r is not None and np.shape(r) != ():
+                raise TypeError(
+                    f"parameter {keystr(path())} is {p.dtype}, but state.remainder there is that "
+                    "of a parameter in 16 bits. Add the updates with optax.apply_updates, which "
+                    "keeps the parameters' dtype."
+                )
             if is_low(p) and r is not None and np.shape(r) != np.shape(p):
                 raise ValueError(
                     f"state.remainder{keystr(path())} has shape {np.shape(r)}, but the parameter "

@@ -5,6 +5,9 @@ and writes the stored moments, and does the rest of a step (decoupled decay and 
 in the same pass, so that an update is rounded once, to the gradient's dtype, at its very end.
 """
 
+# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

@@ -50,6 +50,12 @@ def test_negative_or_infinite_eps(row, name, value):
 def test_concrete_arrays_are_checked_and_tracers_are_not():
     with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1.5"):
         adam_jax.adam(0.1, b2=jnp.float32(1.5))
+    # An array that is known when a function is traced is no tracer, but all that is made of it is.
+    b2, eps = jnp.float32(0.9), jnp.bfloat16(1e-8)
+    jax.jit(lambda g: update(adam_jax.adam(0.1, b2=b2, eps=eps), g)[0])(PARAMS)
+    b2 = jnp.float32(1.5)
+    with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1.5"):
+        jax.jit(lambda g: update(adam_jax.adam(0.1, b2=b2), g)[0])(PARAMS)
     jax.jit(lambda b2: update(adam_jax.adam(0.1, b2=b2), PARAMS)[0])(1.5)
 
 

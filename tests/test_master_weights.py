@@ -513,6 +513,11 @@ def test_errors():
         optimizer.update({"v": params["w"]}, optimizer.init(params), params)
     with pytest.raises(ValueError, match=r"\['v'\] is missing in state.remainder"):
         optimizer.update({"v": params["w"]}, optimizer.init(params), {"v": params["w"]})
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state, params)
+    promoted = {"w": params["w"] + updates["w"]}  # float32, as equinox's apply_updates adds
+    with pytest.raises(TypeError, match=r"\['w'\] is float32, but .* with optax\.apply_updates"):
+        optimizer.update(params, state, promoted)
     twice = optax.chain(optimizer, optimizer).init(params)
     for state, found in [(optax.sgd(0.1).init(params), 0), (twice, 2)]:
         with pytest.raises(ValueError, match=f"expected one master_weights state, found {found}"):

