@@ -129,6 +129,21 @@ def check_param(path: Callable[[], KeyPath], gradient: Any, param: Any) -> None:
         )
 
 
+def check_remainder(path: Callable[[], KeyPath], param: Any, remainder: Any, *, low: bool) -> None:
+    """Checks that a remainder belongs to a parameter, which is `low` if it is in 16 bits."""
+    if low and np.shape(remainder) != np.shape(param):
+        raise ValueError(
+            f"state.remainder{keystr(path())} has shape {np.shape(remainder)}, but the parameter "
+            f"has shape {np.shape(param)}. Pass the state that belongs to these parameters."
+        )
+    if not low and np.shape(remainder) != ():
+        raise TypeError(
+            f"parameter {keystr(path())} is {_dtype(param)}, but state.remainder there is that of "
+            "a parameter in 16 bits. Add the updates with optax.apply_updates, which keeps the "
+            "parameters' dtype."
+        )
+
+
 def check_state(kind: type[Any], state: Any) -> None:
     """Raises TypeError unless the state is of this kind."""
     if not isinstance(state, kind):

@@ -16,9 +16,9 @@ from adam_jax._checks import (
     check_choice,
     check_leaves,
     check_param,
+    check_remainder,
     check_state,
     flatten_up_to,
-    keystr,
     leaf_path,
     only_state,
 )
@@ -151,17 +151,8 @@ def master_weights(
             path = functools.partial(leaf_path, updates, i)
             if is_low(p) and g is not None:  # it would be cast, whatever it is
                 check_param(path, g, p)
-            if not is_low(p) and r is not None and np.shape(r) != ():
-                raise TypeError(
-                    f"parameter {keystr(path())} is {p.dtype}, but state.remainder there is that "
-                    "of a parameter in 16 bits. Add the updates with optax.apply_updates, which "
-                    "keeps the parameters' dtype."
-                )
-            if is_low(p) and r is not None and np.shape(r) != np.shape(p):
-                raise ValueError(
-                    f"state.remainder{keystr(path())} has shape {np.shape(r)}, but the parameter "
-                    f"has shape {np.shape(p)}. Pass the state that belongs to these parameters."
-                )
+            if r is not None:
+                check_remainder(path, p, r, low=is_low(p))
         masters = [master_leaf(p, r) for p, r in zip(old_params, remainders, strict=True)]
         steps, inner_state = inner.update(
             tree.unflatten([_widened(g, p) for g, p in zip(gradients, old_params, strict=True)]),
