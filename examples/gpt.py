@@ -378,7 +378,12 @@ if __name__ == "__main__":
     try:
         main()
     except CheckpointError as error:
-        sys.exit(f"gpt.py: error: {error}")
+        # The last thing that is seen: when Orbax cannot read one array it goes on reading others,
+        # in a loop that it has closed, and each ends with tracebacks, hundreds of lines in all.
+        with open(os.dup(sys.stderr.fileno()), "w") as terminal, open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+            print(f"gpt.py: error: {error}", file=terminal)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # as the shell reports a program that Ctrl-C ended

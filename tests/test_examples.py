@@ -144,10 +144,10 @@ def test_gpt_says_which_checkpoint_is_damaged(damage, checkpoints, tmp_path):
     damage(checkpoints / "100")
     finished = train_and_save(checkpoints, tmp_path / "gpt.png")
     assert finished.returncode == 1
-    assert f"gpt.py: error: the checkpoint {checkpoints / '100'} is damaged, or" in finished.stderr
-    advice = "Delete that directory, and the run continues from step 50."
-    assert finished.stderr.splitlines()[-1].endswith(advice)
-    assert "Traceback" not in finished.stderr
+    # Whatever Orbax may print first.
+    line = finished.stderr.splitlines()[-1]
+    assert f"gpt.py: error: the checkpoint {checkpoints / '100'} is damaged, or" in line
+    assert line.endswith("Delete that directory, and the run continues from step 50.")
     assert "step" not in finished.stdout
 
 
