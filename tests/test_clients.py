@@ -9,13 +9,13 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import linen
 import numpy as np
 import numpyro
 import optax
 import optimistix as optx
 import pytest
 from flax import nnx
-from flax.training.train_state import TrainState
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.optim import optax_to_numpyro
@@ -72,20 +72,8 @@ def train_nnx(optimizer, steps, dtype=jnp.float32):
 def train_linen(optimizer, steps, dtype=jnp.float32):
     wide, wide_too, narrow = (nn.Dense(n, param_dtype=dtype) for n in (64, 64, 2))
     model = nn.Sequential([wide, nn.tanh, wide_too, nn.tanh, narrow])
-    params = model.init(jax.random.key(0), X)
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-
-    @jax.jit
-    def step(state):
-        loss = lambda p: jnp.mean((state.apply_fn(p, X) - Y) ** 2)  # noqa: E731
-        value, gradients = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=gradients), value
-
-    losses = []
-    for _ in range(steps):
-        state, loss = step(state)
-        losses.append(loss)
-    return state.params, losses
+    _, params, losses = linen.train(model, optimizer, X, Y, steps)
+    return params, losses
 
 
 def train_equinox(optimizer, steps, dtype=jnp.float32):

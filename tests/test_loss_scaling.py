@@ -38,28 +38,31 @@ def bad_gradients(dtype):
     yield good | {"bias": good["bias"].at[5].set(jnp.nan)}
 
 
-def stepper(optimizer):
+def begin(optimizer, dtype, gradient_dtype):
+    """Two good steps. Returns the function that makes them, the parameters and the state."""
+
     @jax.jit
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    return step
-
-
-def assert_bad_steps_do_nothing(optimizer, dtype, gradient_dtype):
-    """And the step after them is that of a run without them, to the bit."""
-    step, params = stepper(optimizer), tree_of(dtype, 0)
+    params = tree_of(dtype, 0)
     state = optimizer.init(params)
     for seed in (2, 3):
         params, state = step(params, state, tree_of(gradient_dtype, seed))
+    return step, params, state
+
+
+def assert_bad_steps_do_nothing(optimizer, dtype):
+    """Gradients are float32. The step after them is that of a run without them, to the bit."""
+    step, params, state = begin(optimizer, dtype, "float32")
     after, after_state = params, state
-    for i, bad in enumerate(bad_gradients(gradient_dtype), start=1):
+    for i, bad in enumerate(bad_gradients("float32"), start=1):
         after, after_state = step(after, after_state, bad)
         assert after_state.total_notfinite == i
         chex.assert_trees_all_equal(after, params)
         chex.assert_trees_all_equal(after_state.inner_state, state.inner_state)
-    good = tree_of(gradient_dtype, 4)
+    good = tree_of("float32", 4)
     after, after_state = step(after, after_state, good)
     desired, desired_state = step(params, state, good)
     chex.assert_trees_all_equal(after, desired)
@@ -69,7 +72,7 @@ def assert_bad_steps_do_nothing(optimizer, dtype, gradient_dtype):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_apply_if_finite_around_every_optimizer(row):
-    assert_bad_steps_do_nothing(optax.apply_if_finite(row.make(), 3), "float32", "float32")
+    assert_bad_steps_do_nothing(optax.apply_if_finite(row.make(), 3), "float32")
 
 
 @each_remainder
@@ -77,7 +80,7 @@ def test_apply_if_finite_around_every_optimizer(row):
 def test_apply_if_finite_around_master_weights(remainder, dtype):
     """It needs updates of the gradients' dtype: float32, as what unscales them returns them."""
     optimizer = optax.apply_if_finite(master_weights(adam_jax.adamw(1e-2), remainder), 3)
-    assert_bad_steps_do_nothing(optimizer, dtype, "float32")
+    assert_bad_steps_do_nothing(optimizer, dtype)
 
 
 @each_remainder
@@ -85,10 +88,7 @@ def test_apply_if_finite_around_master_weights(remainder, dtype):
 def test_apply_if_finite_in_master_weights(remainder, dtype):
     """Gradients may have 16 bits here. Nothing goes on but the count of draws of random bits."""
     optimizer = master_weights(optax.apply_if_finite(adam_jax.adamw(1e-2), 3), remainder)
-    step, params = stepper(optimizer), tree_of(dtype, 0)
-    state = optimizer.init(params)
-    for seed in (2, 3):
-        params, state = step(params, state, tree_of(dtype, seed))
+    step, params, state = begin(optimizer, dtype, dtype)
     after, after_state = params, state
     for i, bad in enumerate(bad_gradients(dtype), start=1):
         after, after_state = step(after, after_state, bad)

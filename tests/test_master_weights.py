@@ -6,12 +6,12 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import linen
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from flax.training.train_state import TrainState
 from jax.sharding import Mesh, PartitionSpec
 from low_precision import (
     KEPT,
@@ -479,21 +479,9 @@ def test_nnx(remainder):
 def test_linen(remainder):
     layer = functools.partial(nn.Dense, param_dtype=jnp.bfloat16)
     model = nn.Sequential([layer(32), nn.tanh, layer(2)])
-    tx = master_weights(adam_jax.adamw(3e-3), remainder)
-    params = model.init(jax.random.key(0), X)
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-
-    @jax.jit
-    def step(state):
-        loss = lambda p: jnp.mean((state.apply_fn(p, X) - Y) ** 2)  # noqa: E731
-        value, gradients = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=gradients), value
-
-    losses = []
-    for _ in range(60):
-        state, loss = step(state)
-        losses.append(float(loss))
-    chex.assert_trees_all_equal_dtypes(state.params, params)
+    optimizer = master_weights(adam_jax.adamw(3e-3), remainder)
+    before, after, losses = linen.train(model, optimizer, X, Y, 60)
+    chex.assert_trees_all_equal_dtypes(after, before)
     assert losses[-1] < 0.5 * losses[0]
 
 
