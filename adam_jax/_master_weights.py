@@ -71,9 +71,13 @@ def master_weights(
     | `"int16"` | 4 | 16 more bits; with bfloat16 that is float32, exactly | none (see below) |
     | `"float32"` | 6 | float32, exactly, for float16 too | none |
 
-    With bfloat16 and `"int16"`, training is bit for bit that in float32. Beside float16, 16 bits
-    are 2^-16 ulp: exact for weights from 2^-17 to 65504, rounded at random to multiples of 2^-40
-    below. Random bits are a hash of leaf, coordinates and step, drawn anew at each step.
+    With bfloat16 and `"int16"`, or with `"float32"`, parameter and remainder together are
+    bit-identical to the float32 weight w + inner(float32(g), w) that the step computed. Whole runs
+    are bit-identical to float32 runs as long as both round alike: in a jitted program XLA may fuse
+    the last product of an update with this sum, in one program and not in another, which leaves out
+    a rounding of less than an ulp of the update. With float16, 16 bits are 2^-16 ulp: exact for
+    weights from 2^-17 to 65504, rounded at random to multiples of 2^-40 below. Random bits are a
+    hash of leaf, coordinates and step, drawn anew at each step.
 
     A finite weight beyond the largest finite parameter (3.39e38, 65504) becomes that, but for
     `"float32"`, whose remainder goes further. Infinity and NaN are passed on. Landing is exact

@@ -12,7 +12,7 @@ from adam_jax._checks import keystr
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: optax.Params, *, axis: str | None = None
+    optimizer: optax.GradientTransformation, params: Any, *, axis: str | None = None
 ) -> Any:
     """The sharding of every leaf of an optimizer's state.
 
@@ -85,7 +85,7 @@ def state_shardings(
     )
 
 
-def _mesh_of(params: optax.Params) -> Mesh | AbstractMesh:
+def _mesh_of(params: Any) -> Mesh | AbstractMesh:
     """The one mesh that all parameters are on."""
     meshes: set[Mesh | AbstractMesh] = set()
     for path, param in jax.tree_util.tree_leaves_with_path(params):

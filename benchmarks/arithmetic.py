@@ -11,8 +11,6 @@ comparisons and conversions, and for 10 of its special-function units (a square 
 an exponential is one or more). A TPU v5e is much alike.
 """
 
-# pyright: basic
-
 import argparse
 import collections
 import re

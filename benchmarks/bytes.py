@@ -19,8 +19,6 @@ TPU. FlashOptim is measured where its package, `flashoptim-jax`, is installed; o
 version without kernels.
 """
 
-# pyright: basic
-
 import argparse
 from typing import Any
 

@@ -25,8 +25,6 @@ tenths of a second for it, and minutes for a thousand: those run in the settings
 alone.
 """
 
-# pyright: basic
-
 import argparse
 import datetime
 import functools
@@ -229,7 +227,7 @@ def ripple(shape: tuple[int, ...], dtype: type) -> jax.Array:
 
 def with_torch(name: str, shapes: Shapes, has_gpu: bool) -> Trainer:
     """One of torch's Adams, in float32."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     device = "cuda" if has_gpu else "cpu"
     params = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]

@@ -8,8 +8,6 @@ two large times. The interpreter's own start is in none of the times. The first 
 writes bytecode where there was none, and is not counted.
 """
 
-# pyright: basic
-
 import argparse
 import statistics
 import subprocess

@@ -10,8 +10,6 @@ float32 scale, their largest magnitude. A code stands for one of 256 numbers in 
 rounded to nearest.
 """
 
-# pyright: basic
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

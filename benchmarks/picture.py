@@ -8,8 +8,6 @@ noise of the batches, which is the same for all, would hide what is different. O
 bytes per parameter of the same four trainings, counted from the shapes and dtypes of their arrays.
 """
 
-# pyright: basic
-
 import argparse
 import contextlib
 import sys

@@ -9,8 +9,6 @@ kept in float32). flashoptim_jax is a row of the tables where it is installed. T
 stdout when all is done, each result to stderr as soon as it is there.
 """
 
-# pyright: basic
-
 import argparse
 import contextlib
 import importlib.util
@@ -27,8 +25,8 @@ import optax
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-import gpt  # pyright: ignore[reportMissingImports]
-import mnist  # pyright: ignore[reportMissingImports]
+import gpt
+import mnist
 
 LOW_MOMENTS = {
     "bfloat16": "--mu-dtype bfloat16 --nu-dtype bfloat16",
@@ -64,7 +62,7 @@ def optax_adamw(settings: argparse.Namespace, steps: int) -> optax.GradientTrans
 
 def flash_adamw(settings: argparse.Namespace, steps: int) -> optax.GradientTransformation:
     """FlashOptim's AdamW, which makes new parameters itself, as an optax transformation."""
-    import flashoptim_jax  # pyright: ignore[reportMissingImports]
+    import flashoptim_jax
 
     optimizer = flashoptim_jax.flash_adamw(
         mnist.make_schedule(settings.learning_rate, steps),

@@ -26,8 +26,6 @@ them; "unrolled", each layer's weights are leaves of their own. The columns, of 
 - trace, lower, compile: seconds on this machine, from cold caches.
 """
 
-# pyright: basic
-
 import argparse
 import collections
 import datetime

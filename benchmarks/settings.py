@@ -1,7 +1,5 @@
 """What the benchmarks compare: ways to train, and the shapes of a model's parameters."""
 
-# pyright: basic
-
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,7 +52,7 @@ def settings() -> dict[str, Setting]:
             optimizer = adam_jax.master_weights(ours(moments), remainder)
             found[name] = with_optax(optimizer, bfloat16)
     if importlib.util.find_spec("flashoptim_jax"):
-        from flashoptim_jax import flash_adamw  # pyright: ignore[reportMissingImports]
+        from flashoptim_jax import flash_adamw
 
         fused = jax.default_backend() == "gpu"
         for bits, name in (

@@ -8,8 +8,6 @@ so that whatever else the machine does falls on all alike. Reported are medians 
 their ratios: absolute times mean little on another machine.
 """
 
-# pyright: basic
-
 import argparse
 import gc
 import importlib.util
@@ -95,7 +93,7 @@ def no_optimizer() -> optax.GradientTransformation:
 
 def torch_step(shapes: Shapes) -> Callable[[], None]:
     """One step of torch's fused Adam."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     params = [torch.randn(shape, requires_grad=True) for shape in shapes]
     for param in params:
@@ -181,7 +179,7 @@ def machine() -> str:
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = [f"{package.__name__} {package.__version__}" for package in (jax, optax)]
     if has_torch():
-        import torch  # pyright: ignore[reportMissingImports]
+        import torch
 
         packages.append(f"torch {torch.__version__} ({torch.get_num_threads()} threads)")
     return ", ".join(

@@ -16,8 +16,6 @@ of this package are named by how they keep mu and nu. "optax, bfloat16" gets gra
 and keeps both moments in it. `peers.py` has FlashOptim's and bitsandbytes' formats.
 """
 
-# pyright: basic
-
 import argparse
 import functools
 from collections.abc import Callable

@@ -6,8 +6,6 @@ The compilers come with packages of their own, which need no device:
     uv run --with "jax[tpu]" ...
 """
 
-# pyright: basic
-
 import argparse
 import os
 from pathlib import Path

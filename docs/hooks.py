@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: notebooks as pages, and equations without JavaScript.
+"""What mkdocs does not do by itself: pages of notebooks and test reports, equations as MathML.
 
 `mkdocs.yml` names this file under `hooks`; mkdocs calls its functions while it builds.
 """
@@ -15,6 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from tests_page import page as tests_page
 
 NOTEBOOKS = Path("notebooks")
 # Links out of docs/ to a notebook, and out of notebooks/ to a page: right on the code host, where
@@ -29,7 +30,7 @@ MATHML = LatexToMathML()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds a page for each notebook, with its stored outputs, and the notebook to download."""
+    """Adds a page for each notebook, with the notebook to download, and one for the tests."""
     root = Path(config.config_file_path).parent
     for path in sorted((root / NOTEBOOKS).glob("*.ipynb")):
         page, figures = notebook(json.loads(path.read_text()), path.stem)
@@ -37,6 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, f"{NOTEBOOKS}/{path.name}", content=path.read_bytes()))
         for name, png in figures.items():
             files.append(File.generated(config, f"{NOTEBOOKS}/{name}", content=png))
+    files.append(File.generated(config, "tests.md", content=tests_page(root / "out")))
 
 
 def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:

@@ -6,8 +6,6 @@ there, and are cast without a word to the dtypes that they are asked for in. So 
 is kept with each checkpoint, and so are the settings of the run that it belongs to.
 """
 
-# pyright: basic
-
 import copy
 import hashlib
 import json

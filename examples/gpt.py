@@ -15,8 +15,6 @@ says of every tenth step, and the last shows it. Losses compare between runs und
 Python, since every version has a text of its own.
 """
 
-# pyright: basic
-
 import argparse
 import functools
 import math

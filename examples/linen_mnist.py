@@ -6,8 +6,6 @@ The task of mnist.py, from which it takes the data, in the shortest form: about 
 held out after less than a minute. To a TrainState an adam_jax optimizer is like any other of optax.
 """
 
-# pyright: basic
-
 import functools
 
 import jax

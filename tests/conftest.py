@@ -1,3 +1,7 @@
+import collections
+import re
+import zlib
+
 import hypothesis
 import jax
 import pytest
@@ -6,16 +10,69 @@ from jaxtyping import install_import_hook
 # Array shapes and dtypes in the annotations are checked at run time, in tests only.
 with install_import_hook("adam_jax._moments", "beartype.beartype"):
     import adam_jax  # noqa: F401
+from adam_jax import _storage
 
 # The same examples in every run: what fails here fails everywhere, and a run says what it tried.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
-# For what is sharded. It has to be said before the first device is looked for.
+# Sharding needs several devices. This has to be set before the first one is looked for.
 jax.config.update("jax_num_cpu_devices", 8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run every case, not only a covering set")
+
+
+FAST_ROWS = ("adamw", "adamw-int8", "master_weights-int8-int8")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what only --full runs: cases marked `full`, and all but a covering set.
+
+    Marks as fast what is not slow, and in tests of all optimizers a few of these.
+    """
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        if not item.get_closest_marker("slow") and (row is None or row.name in FAST_ROWS):
+            item.add_marker("fast")
+    if config.getoption("full"):
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("full"):
+            cases[item.parent, getattr(item, "originalname", item.name)].append(item)
+    kept = set()
+    for of_one_test in cases.values():
+        one = of_one_test[0]
+        kept.update(covering(of_one_test) if one.get_closest_marker("covering") else of_one_test)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def covering(items):
+    """The cases of a test that it takes for each value of each of its parameters to occur.
+
+    Names of tests decide among equals, so that other tests meet other combinations.
+    """
+
+    def values(item):
+        params = item.callspec.params
+        names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+        axes = [tuple(re.findall(r"\w+", x)) if isinstance(x, str) else tuple(x) for x in names]
+        axes += [(name,) for name in params.keys() - set().union(*axes)]  # parameters of fixtures
+        return {(axis, *(id(params[name]) for name in axis)) for axis in axes}
+
+    left, chosen = set().union(*map(values, items)), []
+    while left:
+        best = max(items, key=lambda x: (len(values(x) & left), zlib.crc32(x.nodeid.encode())))
+        chosen.append(best)
+        left -= values(best)
+    return chosen
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
@@ -31,4 +88,13 @@ def x64(request):
 def standard_promotion():
     """For tests in which code that is not ours mixes dtypes."""
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_leaves_in_int8():
+    """For contracts, which hold for leaves of any size: small ones are quicker to test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_storage, "SMALLEST_INT8_LEAF", 1)
+        patch.setattr(_storage, "SHORTEST_INT8_ROW", 1)
         yield

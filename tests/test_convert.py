@@ -1,13 +1,16 @@
-"""A training goes on in another storage format, with another remainder, from a state of optax."""
+"""A training run goes on in another storage format, with another remainder, from optax's state."""
+
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import low_precision as low
 import numpy as np
 import optax
 import pytest
-from optimizers import ROWS
+from low_precision import KEPT, REMAINDERS, each_dtype, log_uniform, ulp
+from optimizers import each_row_with_peer
+from trees import dtypes_of, untyped
 
 import adam_jax
 from adam_jax import convert_remainder, load_master_params, master_params, master_weights
@@ -15,6 +18,7 @@ from adam_jax import convert_remainder, load_master_params, master_params, maste
 SHAPE = (64, 64)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("formats", [("int8", "int8"), ("bfloat16", "int8"), ("int8", "bfloat16")])
 @pytest.mark.parametrize("factory", [adam_jax.adam, adam_jax.nadamw], ids=["adam", "nadamw"])
 def test_a_run_goes_on_in_another_format(formats, factory):
@@ -48,18 +52,15 @@ def test_a_run_of_optax_in_bfloat16_goes_on():
     params = jnp.ones(SHAPE)
     theirs = optax.adam(0.1, mu_dtype="bfloat16")
     _, state = theirs.update(params, theirs.init(params))
-    ours = adam_jax.adam(0.1)
+    ours = untyped(adam_jax.adam(0.1))
     updates, _ = ours.update(params, adam_jax.convert_state(state))
     np.testing.assert_allclose(updates, -0.1, rtol=0.01)
 
 
-def dtypes_of(tree):
-    return jax.tree.map(lambda x: x.dtype, tree)
-
-
+@pytest.mark.covering
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
-@pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
+@each_row_with_peer
 def test_a_state_of_optax_goes_on(row, dtype):
     """In the dtypes that optax gives it: those of the parameters, for complex ones a complex nu."""
     params = {"w": jnp.ones((3, 5), dtype), "b": jnp.ones(4, dtype)}
@@ -87,11 +88,12 @@ def test_a_state_of_optax_goes_on(row, dtype):
 # ------------------------------------------------------------------ convert_remainder
 
 
-@low.each_dtype
-@pytest.mark.parametrize("new", low.REMAINDERS)
-@pytest.mark.parametrize("old", low.REMAINDERS)
+@pytest.mark.covering
+@each_dtype
+@pytest.mark.parametrize("new", REMAINDERS)
+@pytest.mark.parametrize("old", REMAINDERS)
 def test_weights_stay_when_remainders_change(old, new, dtype):
-    weights = {"w": low.log_uniform(4096, -16, 15), "none": None, "wide": jnp.ones(3)}
+    weights = {"w": log_uniform(4096, -16, 15), "none": None, "wide": jnp.ones(3)}
     params = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), weights) | {"wide": jnp.ones(3)}
     before = master_weights(adam_jax.adam(1e-3), old)
     params, state = load_master_params(weights, params, before.init(params))
@@ -102,16 +104,16 @@ def test_weights_stay_when_remainders_change(old, new, dtype):
     assert dtypes_of(new_state) == dtypes_of(like)
     assert dtypes_of(new_params) == dtypes_of(params)
     after = jax.tree.map(np.asarray, master_params(new_params, new_state))
-    if low.KEPT[new] >= low.KEPT[old]:
+    if KEPT[new] >= KEPT[old]:
         chex.assert_trees_all_equal(after, kept)
         chex.assert_trees_all_equal(new_params, params)
     else:
-        half = low.ulp(kept["w"], dtype) * 2.0 ** -(low.KEPT[new] + 1)
+        half = ulp(kept["w"], dtype) * 2.0 ** -(KEPT[new] + 1)
         assert np.all(np.abs(after["w"].astype(float) - kept["w"]) <= half)
         assert np.any(after["w"] != kept["w"])
     # The rest of the state is what it was, and back there is no further loss.
     chex.assert_trees_all_equal(new_state.inner_state, state.inner_state)
-    if low.KEPT[new] >= low.KEPT[old]:
+    if KEPT[new] >= KEPT[old]:
         back = convert_remainder(new_params, new_state, old)
         chex.assert_trees_all_equal(back, (params, state))
 
@@ -131,7 +133,7 @@ def test_from_float32_to_seven_bytes_and_back():
     params, new = load_master_params(weights, params, new)
     params_after, new = jax.jit(take_step, static_argnums=0)(seven, params, new, gradients)
     assert dtypes_of(params_after) == dtypes_of(params)
-    after = master_params(params_after, new)["w"]
+    after = untyped(master_params(params_after, new))["w"]
     back = adam_jax.convert_state(new.inner_state)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert dtypes_of(back) == dtypes_of(state)
@@ -143,7 +145,7 @@ def test_from_float32_to_seven_bytes_and_back():
     assert back[0].count == state[0].count == 2
 
 
-def take_step(optimizer, params, state, gradients):
+def take_step(optimizer, params, state, gradients) -> tuple[Any, Any]:
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 

@@ -1,4 +1,4 @@
-"""Random bits: uniform, uncorrelated, the same everywhere. Rounding that is right on average."""
+"""Random bits, unbiased rounding, and float32 numbers split into 16 bits and a remainder."""
 
 import itertools
 import os
@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from adam_jax._rounding import centred, random_bits, split, turned
 
 SHAPE = (512, 512)
-N = 512 * 512
+ELEMENTS = 512 * 512
 
 
-def bits_of(leaf=0, draw=0, shape=SHAPE):
+def drawn_bits(leaf=0, draw=0, shape=SHAPE):
     return np.asarray(
         jax.jit(random_bits, static_argnums=0)(shape, np.uint32(leaf), np.uint32(draw))
     )
@@ -38,7 +38,7 @@ def assert_uniform(values, categories):
 
 @pytest.mark.parametrize(("leaf", "draw"), [(0, 0), (1, 0), (0, 1), (999, 123456), (2**31, 2**31)])
 def test_bytes_are_uniform(leaf, draw):
-    words = bits_of(leaf, draw)
+    words = drawn_bits(leaf, draw)
     for shift in (0, 8, 16, 24):
         assert_uniform((words >> shift) & 0xFF, 256)
 
@@ -46,7 +46,7 @@ def test_bytes_are_uniform(leaf, draw):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_neighbours_are_independent(axis):
     """Pairs of four-bit digits of neighbouring elements fill all 256 cells alike."""
-    words = bits_of(3, 7)
+    words = drawn_bits(3, 7)
     a, b = np.delete(words, -1, axis), np.delete(words, 0, axis)
     for one, other in itertools.product((0, 12, 28), repeat=2):
         assert_uniform(16 * ((a >> one) & 15) + ((b >> other) & 15), 256)
@@ -57,7 +57,7 @@ def test_neighbours_are_independent(axis):
     [((0, 0), (1, 0)), ((0, 0), (0, 1)), ((5, 9), (9, 5)), ((7, 100), (7, 101)), ((2, 1), (3, 0))],
 )
 def test_leaves_and_draws_are_independent(one, other):
-    a, b = bits_of(*one), bits_of(*other)
+    a, b = drawn_bits(*one), drawn_bits(*other)
     for shift in (0, 14, 28):
         assert_uniform(16 * ((a >> shift) & 15) + ((b >> shift) & 15), 256)
     # Nor is one the other, moved along: that would make neighbouring leaves round alike.
@@ -65,17 +65,17 @@ def test_leaves_and_draws_are_independent(one, other):
 
 
 def test_every_bit_is_uncorrelated_with_every_other():
-    words = bits_of(11, 13)
+    words = drawn_bits(11, 13)
     signs = np.stack([2.0 * ((words.ravel() >> k) & 1) - 1 for k in range(32)])
-    correlation = signs @ signs.T / N
-    np.testing.assert_allclose(correlation, np.eye(32), atol=5 / np.sqrt(N))
-    shifted = signs[:, 1:] @ signs[:, :-1].T / (N - 1)
-    np.testing.assert_allclose(shifted, 0, atol=5 / np.sqrt(N))
+    correlation = signs @ signs.T / ELEMENTS
+    np.testing.assert_allclose(correlation, np.eye(32), atol=5 / np.sqrt(ELEMENTS))
+    shifted = signs[:, 1:] @ signs[:, :-1].T / (ELEMENTS - 1)
+    np.testing.assert_allclose(shifted, 0, atol=5 / np.sqrt(ELEMENTS))
 
 
 def test_steps_are_uncorrelated_where_drawn_anew():
-    a = np.stack([bits_of(4, draw, (64, 64)).ravel() / 2.0**32 - 0.5 for draw in range(50)])
-    correlation = np.corrcoef(a)
+    a = np.stack([drawn_bits(4, draw, (64, 64)).ravel() / 2.0**32 - 0.5 for draw in range(50)])
+    correlation = np.asarray(np.corrcoef(a))
     off = correlation[~np.eye(50, dtype=bool)]
     assert np.max(np.abs(off)) < 6 / 64  # sqrt(4096) = 64
     assert abs(np.mean(off)) < 1e-3
@@ -83,12 +83,12 @@ def test_steps_are_uncorrelated_where_drawn_anew():
 
 def test_no_element_repeats_another():
     """A permutation of 2^32 words, so that elements of one leaf are all different."""
-    assert np.unique(bits_of(1, 2)).size == N
+    assert np.unique(drawn_bits(1, 2)).size == ELEMENTS
 
 
 def test_a_turned_phase_fills_the_circle_evenly():
     """After n turns no gap is wider than 2.6 / n: the golden ratio spreads points best."""
-    phase = jnp.asarray(bits_of(shape=(16,)))
+    phase = jnp.asarray(drawn_bits(shape=(16,)))
     turns = np.stack([turned(phase, jnp.int32(t)) for t in range(1, 101)]) / 2.0**32
     points = np.sort(turns, axis=0)
     gaps = np.diff(points, axis=0, append=points[:1] + 1)
@@ -96,11 +96,11 @@ def test_a_turned_phase_fills_the_circle_evenly():
 
 
 def test_the_same_bits_in_jit_and_eager_and_in_a_part_of_a_leaf():
-    whole = bits_of(3, 4, (6, 10))
+    whole = drawn_bits(3, 4, (6, 10))
     np.testing.assert_array_equal(whole, random_bits((6, 10), 3, 4))
     rows = jax.vmap(lambda leaf: random_bits((6, 10), leaf, 4))(jnp.array([3, 5], jnp.uint32))
     np.testing.assert_array_equal(rows[0], whole)
-    np.testing.assert_array_equal(bits_of(3, 4, (6, 2, 5)).reshape(6, 10), whole)
+    np.testing.assert_array_equal(drawn_bits(3, 4, (6, 2, 5)).reshape(6, 10), whole)
 
 
 EIGHT_DEVICES = """

@@ -8,37 +8,16 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optimizers import ROWS
+from optimizers import EXACT, INT8, each_layout
+from trees import assert_same_bits, short_tree, step_of
 
 import adam_jax
 
 MESH = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("data", "model"))
-INT8 = {"mu_dtype": "int8", "nu_dtype": "int8"}
-# XLA for CPU contracts a product and a sum in some loops and not in others. With powers of two it
-# makes no difference, because the product is exact anyway.
-EXACT = {"learning_rate": 2**-10, "b1": 0.5, "b2": 1 - 2**-10, "weight_decay": 2**-7}
-OPTIMIZERS = {row.name: row.make(**EXACT) for row in ROWS} | {
-    f"7 bytes, {remainder}": adam_jax.master_weights(adam_jax.adamw(**EXACT, **INT8), remainder)
-    for remainder in ("none", "int8", "int16", "float32")
-}
+
 # Two are large enough for int8; of the second only the last dimension can be divided.
 SHAPES = {"kernel": (16, 4, 128), "embedding": (25, 256), "bias": (128,), "odd": (7,), "scale": ()}
-
-each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-def random(seed, dtype):
-    """In 8 bits, so that squares are exact too."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(dtype)
-        for name, shape in SHAPES.items()
-    }
-
-
-def dtype_of(name):
-    return jnp.bfloat16 if "bytes" in name else jnp.float32
 
 
 def on(mesh, *spec):
@@ -49,12 +28,8 @@ def shardings_of(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def step_of(optimizer, **options):
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, **options)
+def random(seed, dtype):
+    return short_tree(SHAPES, dtype, seed)
 
 
 def three_steps(step, params, state, gradients):
@@ -64,16 +39,10 @@ def three_steps(step, params, state, gradients):
 
 
 @functools.cache
-def on_one_device(name):
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
+def on_one_device(row):
+    optimizer, dtype = row.make(**EXACT), row.param_dtype
     params = random(0, dtype)
     return three_steps(step_of(optimizer), params, optimizer.init(params), random(1, dtype))
-
-
-def assert_same_bits(tree, desired):
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(desired), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def assert_placed(tree, shardings):
@@ -87,13 +56,15 @@ def collectives(compiled):
     return [(kind, line) for line in lines for kind in kinds if f" {kind}(" in line]
 
 
-@each_optimizer
-def test_zero_1(name):
-    """Replicated parameters, state in parts: a part of the bytes, and the bits of one device."""
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
-    params, gradients = random(0, dtype), random(1, dtype)
+@each_layout
+def test_zero_1(row):
+    """Replicated parameters, state in parts: a part of the bytes, and the bits of one device.
 
-    params, gradients = jax.device_put((params, gradients), on(MESH))
+    Parameters are gathered, and nothing else is communicated. Between steps state may lie in the
+    host's memory, from which the device can copy (on a CPU no more than a name).
+    """
+    optimizer, dtype = row.make(**EXACT), row.param_dtype
+    params, gradients = jax.device_put((random(0, dtype), random(1, dtype)), on(MESH))
     shardings = adam_jax.state_shardings(optimizer, params, axis="data")
     state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     parts = MESH.shape["data"]
@@ -106,23 +77,26 @@ def test_zero_1(name):
     step = step_of(
         optimizer, donate_argnums=(0, 1), out_shardings=(shardings_of(params), shardings)
     )
-    sharded = three_steps(step, params, state, gradients)
-    assert_same_bits(sharded, on_one_device(name))
-
-
-@each_optimizer
-def test_zero_1_gathers_parameters_and_communicates_nothing_else(name):
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
-    params = jax.device_put(random(0, dtype), on(MESH))
-    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
-    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
-    found = collectives(step.lower(params, state, params).compile())
+    compiled = step.lower(params, state, gradients).compile()
+    found = collectives(compiled)
     assert [kind for kind, _ in found].count("all-gather") == 3  # kernel, embedding and bias
     for kind, line in found:
         # One for each row of what only its last dimension divides: a pattern, as an integer.
         row_maximum = kind == "all-reduce" and "reduce_max" in line and "s32[25" in line
         assert kind == "all-gather" or row_maximum, line
+
+    hosted = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+    hosted_params, hosted_state = jax.tree.map(jnp.copy, (params, jax.device_put(state, hosted)))
+    sharded = three_steps(compiled, params, state, gradients)
+    assert_same_bits(sharded, on_one_device(row))
+
+    params, state = hosted_params, hosted_state
+    for scale in (1.0, -2.0, 0.5):
+        state = jax.device_put(state, hosted)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
+        state = jax.device_put(state, shardings)
+        params, state = compiled(params, state, jax.tree.map(lambda g, c=scale: g * c, gradients))
+    assert_same_bits((params, state), on_one_device(row))
 
 
 SPECS = {
@@ -135,27 +109,29 @@ def placed(tree, specs):
     return {name: jax.device_put(x, on(MESH, *specs.get(name, ()))) for name, x in tree.items()}
 
 
-@each_optimizer
+@pytest.mark.covering
+@each_layout
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
-def test_sharded_parameters_need_nothing(name, specs):
+def test_sharded_parameters_need_nothing(row, specs):
     """Fully-sharded and tensor-parallel: state takes the parameters' shardings by itself."""
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
+    optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = random(0, dtype), random(1, dtype)
 
     params, gradients = placed(params, specs), placed(gradients, specs)
     state = optimizer.init(params)
     step = step_of(optimizer)
-    found = collectives(step.lower(params, state, gradients).compile())
+    step = step.lower(params, state, gradients).compile()
+    found = collectives(step)
     assert all(kind == "all-reduce" and "reduce_max" in line for kind, line in found), found
     params, state = three_steps(step, params, state, gradients)
-    assert_same_bits((params, state), on_one_device(name))
+    assert_same_bits((params, state), on_one_device(row))
     assert_placed(params, {name: on(MESH, *specs.get(name, ())) for name in params})
     assert_placed(state, adam_jax.state_shardings(optimizer, params))
 
 
-@each_optimizer
-def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(name):
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
+@each_layout
+def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(row):
+    optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = random(0, dtype), random(1, dtype)
     params, gradients = (
         placed(params, SPECS["model"]),
@@ -164,14 +140,14 @@ def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(name):
     shardings = adam_jax.state_shardings(optimizer, params)
     step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
     assert_same_bits(
-        three_steps(step, params, optimizer.init(params), gradients), on_one_device(name)
+        three_steps(step, params, optimizer.init(params), gradients), on_one_device(row)
     )
 
 
-@each_optimizer
-def test_a_mesh_whose_axes_are_explicit(name):
+@each_layout
+def test_a_mesh_whose_axes_are_explicit(row):
     """Where shardings are part of types, gradients are brought to the state's by the user."""
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
+    optimizer, dtype = row.make(**EXACT), row.param_dtype
     mesh = Mesh(MESH.devices, MESH.axis_names, axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     params, gradients = random(0, dtype), random(1, dtype)
     params = jax.device_put(params, on(mesh))
@@ -183,25 +159,7 @@ def test_a_mesh_whose_axes_are_explicit(name):
     with jax.set_mesh(mesh):
         state = jax.jit(optimizer.init, out_shardings=shardings)(params)
         step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
-        assert_same_bits(three_steps(step, params, state, gradients), on_one_device(name))
-
-
-@each_optimizer
-def test_state_on_the_host(name):
-    """Between steps, in the memory that the device can copy from (on a CPU a name, no more)."""
-    optimizer, dtype = OPTIMIZERS[name], dtype_of(name)
-    params, gradients = jax.device_put((random(0, dtype), random(1, dtype)), on(MESH))
-    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
-    hosted = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
-    state = jax.device_put(optimizer.init(params), hosted)
-    step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
-    for scale in (1.0, -2.0, 0.5):
-        assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
-        state = jax.device_put(state, shardings)
-        scaled = jax.tree.map(lambda g, c=scale: g * c, gradients)
-        params, state = step(params, state, scaled)
-        state = jax.device_put(state, hosted)
-    assert_same_bits((params, state), on_one_device(name))
+        assert_same_bits(three_steps(step, params, state, gradients), on_one_device(row))
 
 
 def test_states_of_wrappers_and_chains():

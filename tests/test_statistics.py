@@ -8,12 +8,10 @@ import optax
 import pytest
 import reference
 from jax.sharding import NamedSharding, PartitionSpec
-from optimizers import ROWS
+from optimizers import each_row
+from trees import random_tree, untyped
 
 import adam_jax
-from adam_jax import _storage
-
-each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 ALWAYS = {"update_rms", "param_rms", "update_to_param"}
 OF_MOMENTS = {"signal_to_noise", "near_bound", "nu_at_smallest"}
@@ -22,11 +20,6 @@ OF_MOMENTS = {"signal_to_noise", "near_bound", "nu_at_smallest"}
 def names(statistics):
     """Which statistics there are, over all leaves or over one of them."""
     return {key.partition("/")[0] for key in statistics}
-
-
-def tree(shapes, dtype=jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in shapes.items()}
 
 
 def rms(*arrays):
@@ -51,9 +44,7 @@ def run(optimizer, params, gradients, **kwargs):
 
 
 @each_row
-def test_every_optimizer_and_format(row, monkeypatch, standard_promotion):
-    monkeypatch.setattr(_storage, "SMALLEST_INT8_LEAF", 1)
-    monkeypatch.setattr(_storage, "SHORTEST_INT8_ROW", 1)
+def test_every_optimizer_and_format(row, small_leaves_in_int8, standard_promotion):
     leaves = {
         "float16": ((8, 40), jnp.float16),
         "bfloat16": ((8, 40), jnp.bfloat16),
@@ -64,9 +55,10 @@ def test_every_optimizer_and_format(row, monkeypatch, standard_promotion):
     }
     if row.mu_format not in (None, "float32"):
         del leaves["complex64"]  # refused
-    params = {name: tree({"": shape}, dtype)[""] for name, (shape, dtype) in leaves.items()}
+    params = {name: random_tree({"": shape}, dtype)[""] for name, (shape, dtype) in leaves.items()}
     gradients = {
-        name: tree({"": (5, *shape)}, dtype, seed=1)[""] for name, (shape, dtype) in leaves.items()
+        name: random_tree({"": (5, *shape)}, dtype, seed=1)[""]
+        for name, (shape, dtype) in leaves.items()
     }
     infinity_norm = "adamax" in row.name
     statistics, updates = run(row.make(), params, gradients, infinity_norm=infinity_norm)
@@ -98,7 +90,7 @@ def test_every_optimizer_and_format(row, monkeypatch, standard_promotion):
 
 def test_jit_and_eager_agree():
     optimizer = adam_jax.adam(1e-3, mu_dtype="int8", nu_dtype="int8")
-    params = tree({"kernel": (64, 64), "bias": (64,)})
+    params = random_tree({"kernel": (64, 64), "bias": (64,)})
     updates, state = optimizer.update(params, optimizer.init(params), params)
     eager = adam_jax.step_statistics(updates, state, params)
     chex.assert_trees_all_close(
@@ -161,20 +153,21 @@ def test_nu_at_its_smallest(mu_dtype, nu_dtype):
     assert 0.24 < statistics["nu_at_smallest"] <= 0.25
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
 def test_master_weights(remainder, dtype, standard_promotion):
     inner = adam_jax.adamw(1e-4, mu_dtype="int8", nu_dtype="int8")
-    optimizer = adam_jax.master_weights(inner, remainder)
-    weights = tree({"kernel": (64, 64), "bias": (64,)})
+    optimizer = untyped(adam_jax.master_weights(inner, remainder))
+    weights = random_tree({"kernel": (64, 64), "bias": (64,)})
     old_params = optax.tree.cast(weights, dtype)
     old_params, old = adam_jax.load_master_params(weights, old_params, optimizer.init(old_params))
     updates, state = optimizer.update(old_params, old, old_params)
-    params = optax.apply_updates(old_params, updates)
+    params = untyped(optax.apply_updates(old_params, updates))
     statistics = adam_jax.step_statistics(updates, state, old_params, old_state=old)
 
-    before = adam_jax.master_params(old_params, old)
-    after = adam_jax.master_params(params, state)
+    before = untyped(adam_jax.master_params(old_params, old))
+    after = untyped(adam_jax.master_params(params, state))
     steps = [np.asarray(after[k] - before[k]) for k in params]
     np.testing.assert_allclose(statistics["update_rms"], rms(*steps), rtol=1e-6)
     np.testing.assert_allclose(statistics["param_rms"], rms(*before.values()), rtol=1e-6)
@@ -196,14 +189,14 @@ def test_master_weights(remainder, dtype, standard_promotion):
 
 def test_remainders_are_not_in_use_at_first(standard_promotion):
     optimizer = adam_jax.master_weights(adam_jax.adam(0.0), "int8")
-    params = tree({"kernel": (64, 64)}, jnp.bfloat16)
+    params = random_tree({"kernel": (64, 64)}, jnp.bfloat16)
     updates, state = optimizer.update(params, optimizer.init(params), params)
     assert adam_jax.step_statistics(updates, state, params)["remainder_use"] == 0
 
 
 def test_leaves_without_moments_or_updates():
     """Masked, frozen and empty leaves, and two optimizers side by side."""
-    params = tree({"slow": (4, 4), "fast": (4, 4), "plain": (3,), "frozen": (3,)})
+    params = random_tree({"slow": (4, 4), "fast": (4, 4), "plain": (3,), "frozen": (3,)})
     optimizer = optax.multi_transform(
         {
             "slow": adam_jax.adam(1e-3),
@@ -212,7 +205,7 @@ def test_leaves_without_moments_or_updates():
         },
         {"slow": "slow", "fast": "fast", "plain": "sgd", "frozen": "slow"},
     )
-    gradients = params | {"frozen": None}
+    gradients = untyped(params | {"frozen": None})
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
     statistics = adam_jax.step_statistics(updates, state, params)
     leaves = {key.partition("/")[2] for key in statistics}
@@ -243,7 +236,7 @@ def test_a_single_leaf_has_only_overall_statistics():
 
 
 def test_under_vmap_over_settings():
-    params = tree({"kernel": (4, 4)})
+    params = random_tree({"kernel": (4, 4)})
 
     def statistics(b1, b2):
         optimizer = adam_jax.adam(1e-3, b1, b2)
@@ -258,7 +251,7 @@ def test_sharded_over_eight_devices():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((8,), ("data",), axis_types=auto, devices=jax.devices("cpu"))
     optimizer = adam_jax.adamw(1e-3, mu_dtype="int8", nu_dtype="int8")
-    params = tree({"kernel": (64, 128)})
+    params = random_tree({"kernel": (64, 128)})
     alone = run(optimizer, params, jax.tree.map(lambda p: p[None], params))[0]
     sharded = jax.device_put(params, NamedSharding(mesh, PartitionSpec("data")))
     together = run(optimizer, sharded, jax.tree.map(lambda p: p[None], sharded))[0]

@@ -1,166 +1,17 @@
 """How the moments are stored: bfloat16 and int8, their properties and what they are bound to."""
 
-import functools
-
 import chex
-import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
 from jax.sharding import Mesh, PartitionSpec
+from trees import untyped
 
 import adam_jax
 from adam_jax import _int8, _storage
 from adam_jax._storage import Draw, Int8Moment
-
-each_levels = pytest.mark.parametrize("levels", [_int8.ALONE, _int8.SHARED], ids=["8+8", "7+9"])
-DRAWS = 4096
-# Noise that fills [-1/2, 1/2) evenly: what becomes of one number under all that may be drawn.
-ALL = (np.arange(DRAWS, dtype=np.float32) + np.float32(0.5)) / np.float32(DRAWS) - np.float32(0.5)
-
-
-def rough_log2(x):
-    """log2, linear between powers of two: what the pattern of a float is, as an integer."""
-    fraction, exponent = np.frexp(np.asarray(x, np.float64))
-    return exponent - 1 + (2 * fraction - 1)
-
-
-def rough_exp2(x):
-    """The inverse of `rough_log2`."""
-    return np.ldexp(1 + (x - np.floor(x)), np.floor(x).astype(int))
-
-
-def value_of_nu(code, n):
-    """What a code stands for, in units of the scale, in float64 from the definition."""
-    return rough_exp2(10 * rough_log2((code + 1) / n))
-
-
-def value_of_mu(code, n):
-    """What a code, a sign bit and a magnitude, stands for in units of q, likewise."""
-    magnitude = (rough_exp2(-rough_log2(1 - np.asarray(code) % n / n)) - 1) / 4
-    return np.where(np.asarray(code) < 0, -magnitude, magnitude)
-
-
-def codes_for_mu(levels):
-    """All codes that mu has, in order; -n is a zero too."""
-    return np.concatenate(
-        [np.arange(61 * levels.mu // 64, 0, -1) - levels.mu, np.arange(61 * levels.mu // 64 + 1)]
-    )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def encoded_nu(z, n):
-    return _int8.encode_nu(jnp.broadcast_to(z, ALL.shape), ALL, n)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def encoded_mu(mu, q, n):
-    return _int8.encode_mu(jnp.broadcast_to(mu, ALL.shape), q, ALL, n)
-
-
-@each_levels
-@pytest.mark.parametrize("noise", [-0.499, 0, 0.499])
-def test_every_code_survives(levels, noise):
-    """What is decoded and encoded again is the same code and value, whatever the noise."""
-    codes = jnp.arange(levels.nu)
-    z = _int8.decode_nu(codes, levels.nu)
-    np.testing.assert_allclose(z, value_of_nu(np.arange(levels.nu), levels.nu), rtol=1e-5)
-    again, value = _int8.encode_nu(z, jnp.float32(noise), levels.nu)
-    np.testing.assert_array_equal(again[1:], codes[1:])
-    np.testing.assert_array_equal(value[1:], z[1:])
-    assert again[0] <= 1  # the smallest number is also what 0 becomes
-    codes, q = codes_for_mu(levels), jnp.float32(0.02)
-    mu = _int8.decode_mu(jnp.asarray(codes), q, levels.mu)
-    np.testing.assert_allclose(mu, 0.02 * value_of_mu(codes, levels.mu), rtol=1e-6)
-    assert np.all(np.diff(mu) > 0)
-    again, value = _int8.encode_mu(mu, q, jnp.float32(noise), levels.mu)
-    np.testing.assert_array_equal(again, codes)
-    np.testing.assert_array_equal(value, mu)
-
-
-def test_codes_span_what_they_are_said_to():
-    for n, exact, reach in ((480, 2.0**-40, 2.0**-89), (240, 2.0**-30, 2.0**-79)):
-        values = value_of_nu(np.arange(n), n)
-        gaps = (np.diff(values) / values[:-1])[values[:-1] >= 2.0**-10]
-        assert gaps.max() * n == pytest.approx(20)
-        assert gaps.min() * n > 10
-        assert values[0] < 2 * reach
-        # Powers of two have codes, so that nothing bends between two neighbours.
-        powers = np.exp2(-np.arange(1, 1 - np.log2(exact)))
-        np.testing.assert_allclose(powers, values[np.searchsorted(values, powers * 0.999)])
-    for levels in (_int8.ALONE, _int8.SHARED):
-        values = value_of_mu(codes_for_mu(levels), levels.mu)
-        assert values.max() == 5.75
-        assert np.diff(values).min() == 1 / (2 * levels.mu)
-        assert np.isin([0.25, 0.75, 1.75, 3.75], values).all()
-
-
-@each_levels
-@settings(deadline=None, max_examples=300)
-@given(z=st.floats(0, 1, width=32))
-def test_nu_is_unbiased_never_clipped_and_never_zero(levels, z):
-    n = levels.nu
-    codes, values = map(np.asarray, encoded_nu(np.float32(z), n))
-    assert np.all((codes >= 0) & (codes < n))
-    assert n + 1 < 2 ** (9 if levels == _int8.SHARED else 8)  # room for one more, beyond 1
-    np.testing.assert_array_equal(values, _int8.decode_nu(jnp.asarray(codes), n))
-    smallest, second = value_of_nu(np.arange(2), n)
-    assert values.min() >= smallest * (1 - 1e-6)
-    if z < smallest:
-        assert values.max() <= second * (1 + 1e-6)
-        return
-    # The two values around nu, as often as it takes for their mean to be nu.
-    assert np.ptp(codes) <= 1
-    assert values.min() <= z * (1 + 1e-5)
-    assert values.max() >= z * (1 - 1e-5)
-    gap = np.diff(value_of_nu(codes.max() + np.arange(2), n)).item()
-    if z >= {480: 2.0**-40, 240: 2.0**-30}[n]:
-        np.testing.assert_allclose(values.mean(), z, rtol=2e-6, atol=gap / DRAWS)
-    else:  # too large, if anything
-        assert values.mean() >= z * (1 - 2e-6) - gap / DRAWS
-
-
-@each_levels
-@settings(deadline=None, max_examples=300)
-@given(ratio=st.floats(-10, 10, width=32), q=st.floats(2.0**-60, 2.0**60, width=32))
-def test_mu_is_unbiased_and_bounded(levels, ratio, q):
-    n, q = levels.mu, np.float32(q)
-    mu = np.float32(ratio) * q
-    codes, values = map(np.asarray, encoded_mu(mu, q, n))
-    np.testing.assert_array_equal(values, _int8.decode_mu(jnp.asarray(codes), q, n))
-    assert np.all(values * np.sign(mu) >= 0)
-    assert np.abs(values).max() <= 5.75 * q
-    if abs(mu) > 5.75 * q:  # no gradients lead there with the default betas
-        assert np.all(np.abs(values) == 5.75 * q)
-        return
-    magnitudes = codes % n
-    assert np.ptp(magnitudes) <= 1
-    gap = np.diff(value_of_mu(magnitudes.min() + np.arange(2), n)).item() * q
-    np.testing.assert_allclose(values.mean(), mu, rtol=3e-6, atol=gap / DRAWS + 1e-6 * q)
-
-
-@settings(deadline=None)
-@given(z=st.floats(2.0**-100, 1, width=32), unit=st.floats(2.0**-126, 2.0**120, width=32))
-def test_the_unit_of_mu_is_nearly_the_root_of_nu(z, unit):
-    ratio = _int8.unit_of_mu(jnp.float32(z), jnp.float32(unit), np.int32(10**6))
-    ratio = np.float64(ratio) / np.sqrt(np.float64(np.float32(z)) * np.float64(np.float32(unit)))
-    assert 1.5 * (1 - 1e-6) <= ratio <= 1.5 * 1.0607
-
-
-@settings(deadline=None)
-@given(
-    mu=hnp.arrays(np.int32, (64,), elements=st.integers(-64, 63)),
-    nu=hnp.arrays(np.int32, (64,), elements=st.integers(0, 511)),
-)
-def test_sixteen_bits_hold_both_moments(mu, nu):
-    packed = _int8.bytes_of(_int8.join(jnp.asarray(mu), jnp.asarray(nu)))
-    assert packed[0].dtype == jnp.int8
-    assert packed[1].dtype == jnp.uint8
-    np.testing.assert_array_equal(_int8.split(*packed), (mu, nu))
 
 
 def gradients_of(model, steps, shape, rng):
@@ -191,7 +42,7 @@ def dtypes(tree):
     return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
-def numbers(state):
+def in_float32(state):
     """mu and nu of a state as float32, whatever they are stored in."""
     return adam_jax.convert_state(state)
 
@@ -207,7 +58,7 @@ def test_encode_tells_what_load_will_read(formats, compiled):
     rng = np.random.default_rng(0)
     m, v = jnp.asarray(np.exp(5 * rng.standard_normal((2, *SHAPE))), jnp.float32)
     m = m * jnp.asarray(rng.choice([-1, 0, 1], SHAPE), jnp.float32)
-    like = tuple(_storage.zeros(moment, m) for moment in moments)
+    like = untyped(tuple(_storage.zeros(moment, m) for moment in moments))
     scale = v.max(axis=-1, keepdims=True) if formats[1] == "int8" else None
     draw = Draw(np.uint32(3), jnp.int32(17))
 
@@ -219,21 +70,22 @@ def test_encode_tells_what_load_will_read(formats, compiled):
     chex.assert_trees_all_equal(values, read)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("model", MODELS)
 @each_format
 def test_invariants_on_hard_gradients(model, formats):
     """At every step: nu <= the scale, nu = 0 only where v is, |m| within its bound, no NaN."""
     rng = np.random.default_rng(len(model))
     gradients = jnp.asarray(gradients_of(model, 300, SHAPE, rng), jnp.float32)
-    optimizer = adam_jax.scale_by_adam(eps=1e-30, mu_dtype=formats[0], nu_dtype=formats[1])
-    exact = adam_jax.scale_by_adam(eps=1e-30)
+    stored = adam_jax.scale_by_adam(eps=1e-30, mu_dtype=formats[0], nu_dtype=formats[1])
+    optimizer, exact = untyped((stored, adam_jax.scale_by_adam(eps=1e-30)))
 
     @jax.jit
     def scan(gradients):
         def step(states, g):
             u, state = optimizer.update(g, states[0])
             v, state32 = exact.update(g, states[1])
-            stored = numbers(state)
+            stored = in_float32(state)
             scale = state.nu.scales if isinstance(state.nu, Int8Moment) else stored.nu
             seen = {
                 "finite": jnp.isfinite(u).all() & jnp.isfinite(stored.mu).all(),
@@ -257,14 +109,16 @@ def test_invariants_on_hard_gradients(model, formats):
     # A step follows from moments that each were at most one code away from the float32 ones.
     assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
     if model != "stopping":
-        ratio = jnp.sqrt(numbers(state).nu.sum(axis=-1) / state32.nu.sum(axis=-1))
+        ratio = jnp.sqrt(in_float32(state).nu.sum(axis=-1) / state32.nu.sum(axis=-1))
         np.testing.assert_allclose(jnp.median(ratio), 1, atol=0.05)
 
 
 @each_format
 def test_no_coordinate_is_stranded(formats):
     """Constant gradients: every direction comes to 1 on average, from a nu once far too large."""
-    optimizer = adam_jax.scale_by_adam(eps=1e-30, b2=0.99, mu_dtype=formats[0], nu_dtype=formats[1])
+    optimizer = untyped(
+        adam_jax.scale_by_adam(eps=1e-30, b2=0.99, mu_dtype=formats[0], nu_dtype=formats[1])
+    )
     scales = jnp.exp(jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32))
 
     @jax.jit
@@ -282,7 +136,7 @@ def test_no_coordinate_is_stranded(formats):
 
 @each_format
 def test_moments_decay_to_zero_when_gradients_stop(formats):
-    optimizer = adam_jax.scale_by_adam(eps=1e-8, mu_dtype=formats[0], nu_dtype=formats[1])
+    optimizer = untyped(adam_jax.scale_by_adam(eps=1e-8, mu_dtype=formats[0], nu_dtype=formats[1]))
 
     @jax.jit
     def run(state):
@@ -296,14 +150,14 @@ def test_moments_decay_to_zero_when_gradients_stop(formats):
     state, steps = run(optimizer.init(jnp.zeros(SHAPE)))
     assert steps[50] > 0.5
     assert steps[-1] < 1e-4
-    nu = numbers(state).nu
+    nu = in_float32(state).nu
     np.testing.assert_allclose(nu.mean(), (1 - 0.999**50) * 0.999**1450, rtol=0.05)
 
 
 @pytest.mark.parametrize("power", [-20, 10])
 def test_codes_do_not_see_the_scale_of_gradients(power):
     """All gradients times a power of two: the same codes and the same steps, bit for bit."""
-    optimizer = adam_jax.scale_by_adam(eps=0.0, mu_dtype="int8", nu_dtype="int8")
+    optimizer = untyped(adam_jax.scale_by_adam(eps=0.0, mu_dtype="int8", nu_dtype="int8"))
     gradients = np.random.default_rng(1).standard_normal((20, *SHAPE)).astype(np.float32)
 
     @jax.jit
@@ -320,7 +174,7 @@ def test_codes_do_not_see_the_scale_of_gradients(power):
 
 def test_bfloat16_mu_does_not_stick():
     """With b1 = 0.999 and to nearest, it would stay at half of a constant gradient."""
-    optimizer = adam_jax.scale_by_adam(b1=0.999, mu_dtype="bfloat16")
+    optimizer = untyped(adam_jax.scale_by_adam(b1=0.999, mu_dtype="bfloat16"))
 
     @jax.jit
     def run(state):
@@ -334,7 +188,7 @@ def test_bfloat16_mu_does_not_stick():
 
 def test_bfloat16_nu_does_not_freeze():
     """To nearest it would stick at 0.5, and after a drop of the gradients never come down."""
-    optimizer = adam_jax.scale_by_adam(mu_dtype="bfloat16", nu_dtype="bfloat16")
+    optimizer = untyped(adam_jax.scale_by_adam(mu_dtype="bfloat16", nu_dtype="bfloat16"))
 
     @jax.jit
     def run(state):
@@ -396,7 +250,8 @@ def test_shard_map_over_the_rows(formats):
     + [(shape, False) for shape in [(4095,), (1024, 31), (), (63, 64), (0, 64)]],
 )
 def test_small_leaves_stay_in_float32(shape, coded):
-    state = adam_jax.scale_by_adam(mu_dtype="int8", nu_dtype="int8").init(jnp.zeros(shape))
+    optimizer = untyped(adam_jax.scale_by_adam(mu_dtype="int8", nu_dtype="int8"))
+    state = optimizer.init(jnp.zeros(shape))
     dtypes = (jnp.int8, jnp.uint8) if coded else (jnp.float32, jnp.float32)
     assert (state.mu.dtype, state.nu.codes.dtype) == dtypes
     assert state.nu.scales.shape == ((*shape[:-1], 1) if coded else ())
@@ -447,7 +302,7 @@ def test_what_cannot_be_stored_is_refused():
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
 def test_a_tree_without_leaves_is_in_every_format(format, params):
     """Such as what a label of optax.multi_transform has that no parameter bears."""
-    optimizer = adam_jax.adam(0.1, mu_dtype=format, nu_dtype=format)
+    optimizer = untyped(adam_jax.adam(0.1, mu_dtype=format, nu_dtype=format))
     updates, state = optimizer.update(params, optimizer.init(params))
     assert updates == params
     assert state[0].count == 1

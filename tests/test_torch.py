@@ -19,7 +19,6 @@ import adam_jax
 
 HALF, STEPS, BATCH = 20, 40, 32
 NAMES = ["adam", "adamw", "nadam", "adamax", "amsgrad"]
-
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 
 # Between double precision here and there: 20 steps of a few hundred ulps (2^-53) each, because sums
@@ -78,8 +77,8 @@ def optimizer_like(name, groups):
 
     if name == "adam":  # two groups that differ in the betas too
         labels = {"conv": "first", "dense": "last"}
-        optimizers = dict(zip(["first", "last"], map(make, groups), strict=True))
-        return optax.multi_transform(optimizers, labels)
+        optimizers = zip(["first", "last"], map(make, groups), strict=True)
+        return optax.multi_transform(dict(optimizers), labels)
     if name == "adamw":  # two groups, one of which does not decay
         decays = {layer: {"kernel": True, "bias": False} for layer in ("conv", "dense")}
         return make(groups[0], weight_decay=groups[0]["weight_decay"], mask=decays)
@@ -172,8 +171,8 @@ def moved(optimizer, torch_state, weights, to_params=transposed, dtype=jnp.float
 )
 def test_steps_of_any_kind(step):
     state = moved(adam_jax.adam(1e-3), *small_torch(step))
-    assert state[0].count == 7
     assert state[0].count.dtype == jnp.int32
+    assert state[0].count == 7
 
 
 @pytest.mark.parametrize("keys", ["numbers", "names beside them", "names"])
@@ -232,7 +231,7 @@ def test_schedules_go_on():
     for optimizer in (plain, injected):
         state = moved(optimizer, torch_state, weights)
         updates.append(optimizer.update(params, state, params)[0])
-    rate = schedule(7)
+    rate = jnp.asarray(schedule(7))
     m, v = (torch_state["state"][1][field] for field in ("exp_avg", "exp_avg_sq"))
     unit = 1 / (1 - 0.9**8) / np.sqrt((0.999 * v + 0.001) / (1 - 0.999**8))
     desired = -rate * ((0.9 * m + 0.1) * unit + rate)

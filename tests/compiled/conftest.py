@@ -20,12 +20,6 @@ else:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--full-grid", action="store_true", help="compile every setting, not only a covering set"
-    )
-
-
 def pytest_report_header():
     if MISSING:
         return (
@@ -40,6 +34,6 @@ def pytest_generate_tests(metafunc):
         import steps
 
         settings = steps.grid()
-        if not metafunc.config.getoption("full_grid"):
+        if not metafunc.config.getoption("full"):
             settings = steps.covering(settings)
         metafunc.parametrize("setting", settings, ids=str)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +76,7 @@ class Program:
         self.text = text
         self.computations = {}
         self.entry = None
+        current = Computation({}, "")
         for line in text.splitlines():
             if found := COMPUTATION.match(line):
                 current = Computation({}, "")
@@ -138,7 +140,7 @@ class Program:
             return self._run(self.computations[called], operands)
         if x.operation == "tuple":
             return tuple(operands)
-        first = operands[0] if operands else None
+        first: Any = operands[0] if operands else None
         if x.operation == "get-tuple-element":
             return first[int(x.attribute("index"))]
         if x.operation == "reduce":

@@ -48,8 +48,8 @@ INT8 = "int8", "int8"
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", [adamw(), adamw(INT8), adamw(INT8, ("bfloat16", "int8"))], ids=str)
 def test_gpt2_is_updated_in_one_pass_over_each_leaf(target, kind, request):
-    """124M parameters in 148 leaves; without --full-grid, with 2 of its 12 layers."""
-    layers = 12 if request.config.getoption("full_grid") else 2
+    """124M parameters in 148 leaves; without --full, with 2 of its 12 layers."""
+    layers = 12 if request.config.getoption("full") else 2
     if target == "v5e" and kind.nu_format == "int8":
         # For single leaves it has none.
         reason = "a TPU's program for many leaves has 0.2 to 0.4 bytes of temporaries per parameter"

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["keras>=3.15", "numpy>=2.0", "torch>=2.13"]
 # ///
-"""Records what torch's and Keras' optimizers do, for tests/test_golden.py to compare with.
+"""Records what torch's and Keras' optimizers do: tests/contracts/test_golden.py compares with it.
 
     uv run --script tests/golden/make_golden.py
 
@@ -20,8 +20,6 @@ Two peers are set so that they do the same as our function of the same name:
   Its Nadam (a warm-up that cannot be turned off) and Adamax (epsilon outside the maximum) are
   other algorithms and are not recorded.
 """
-# pyright: reportMissingImports=false
-# ^ The peers are needed to run this script, not to run the tests.
 
 import json
 import os

@@ -15,8 +15,6 @@ Parameter groups are as people have them: AdamW's biases do not decay, and come 
 Adam's last layer has another learning rate and other betas. torch's NAdam warms b1 up unless
 momentum_decay is so large that the factor of the warm-up is 1.
 """
-# pyright: reportMissingImports=false
-# ^ The peers are needed to run this script, not to run the tests.
 
 import json
 from collections.abc import Callable

@@ -1,0 +1,42 @@
+"""Nothing grows in ten thousand eager steps; what grows on purpose is seen.
+
+Every optimizer and format: `uv run tests/endurance/leaks.py`.
+"""
+
+import jax
+import pytest
+from leaks import CASES, growth
+
+import adam_jax
+from adam_jax import _adam, _transformation
+
+# Ten thousand eager steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "seven bytes", "a new one at each step"])
+def test_nothing_grows_in_10_000_eager_steps(name):
+    with jax.numpy_dtype_promotion("standard"):
+        grown = growth(*CASES[name], 10_000)
+    assert grown.compiled == 0
+    assert grown.arrays == 0
+    assert grown.blocks < 1000  # an object a step would be 10,000
+
+
+def test_what_grows_is_seen():
+    """States that are kept are arrays and objects; a closure that is new compiles anew."""
+    adam, kept = adam_jax.adam(1e-2), []
+
+    def keeping(gradients, state, params):
+        kept.append(state)
+        return adam.update(gradients, state, params)
+
+    grown = growth(lambda _: adam._replace(update=keeping), "float32", 1000, warm_up=1)
+    assert grown.arrays >= 3 * 1000
+    assert grown.blocks > 1000
+    algorithm = _adam._algorithm(0.9, 0.999, 1e-8, 0.0, None, None, nesterov=False)
+
+    def with_a_closure(_):
+        return _transformation.scale_by(algorithm._replace(direction=lambda g, moments, s: g))
+
+    assert growth(with_a_closure, "float32", 5, warm_up=1).compiled == 5

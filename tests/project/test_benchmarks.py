@@ -1,0 +1,154 @@
+"""The benchmarks run, and what they say about other packages is right."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+
+
+def tables(script):
+    """The tables that a benchmark prints when it runs with --small, as table[row][column]."""
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", Path(peers.__file__).parent / script, "--small"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = []
+    for block in finished.stdout.split("\n\n"):
+        lines = [line.strip("| ").split(" | ") for line in block.splitlines() if line[0] == "|"]
+        if lines:
+            (_, *columns), _, *rows = lines
+            found.append(
+                {
+                    name: dict(zip(columns, map(float, numbers), strict=True))
+                    for name, *numbers in rows
+                }
+            )
+    return found
+
+
+@pytest.mark.slow
+def test_stress_shows_that_our_formats_hold_and_where_others_fail():
+    errors, largest_steps, root_ratios = tables("stress.py")
+    for kind, row in errors.items():
+        for format, error in row.items():
+            if format.split(", ")[0] in ("bfloat16", "int8"):
+                # Twice the worst of int8, which is .1.
+                assert error < 0.2, (kind, format)
+                assert largest_steps[kind][format] < 1.5, (kind, format)  # the worst is 1.3
+                assert 0.95 < root_ratios[kind][format] < 1.05, (kind, format)
+    hard = "log-normal scales, sigma 2, tenfold drop"
+    assert largest_steps[hard]["FlashOptim"] > 1000  # a nu that is 0 beside a large one
+    assert largest_steps[hard]["bitsandbytes"] > 1000
+    # nu kept in bfloat16, or rounded to nearest, does not follow the gradients down.
+    quiet = root_ratios["every second falls tenfold, long after"]
+    assert all(quiet[name] > 1.2 for name in ("optax, bfloat16", "FlashOptim", "bitsandbytes"))
+
+
+@pytest.mark.slow
+def test_bytes_are_those_of_the_formats_and_all_state_is_updated_in_place():
+    (table,) = tables("bytes.py")
+    for name, row in table.items():
+        stored = row["weight"] + row["gradient"] + row["state"]
+        assert row["arguments"] == pytest.approx(stored, abs=0.002), name
+        # Everything but the gradients is donated, and used; what is left over is a table of
+        # pointers to the outputs.
+        assert row["aliased"] == pytest.approx(row["weight"] + row["state"], abs=0.002), name
+        assert row["outputs"] == pytest.approx(row["aliased"], abs=0.002), name
+    # A scale of 4 bytes for each row of 256; all but 512 of 164,352 parameters are in such rows.
+    smallest = table["bfloat16 parameters, int8 remainder, int8 moments"]
+    assert smallest["arguments"] == pytest.approx(7 + 4 / 256, abs=0.03)
+    assert table["adam, bfloat16 moments"]["arguments"] == pytest.approx(12, abs=0.002)
+    assert table["optax.adam"]["arguments"] == pytest.approx(16, abs=0.002)
+
+
+def group(*values, size=32):
+    """One group of a codec: these values, then zeros."""
+    return jnp.zeros(size, jnp.float32).at[: len(values)].set(jnp.asarray(values, jnp.float32))
+
+
+def test_flashoptim_codes_by_hand():
+    # 2 x / (1 + x) of 1/2 and 1/4 is 2/3 and 2/5; times 127 it is 84.7 and 50.8.
+    mu = peers.companded().encode(group(4.0, -2.0, 1.0))
+    assert mu.codes[:4].tolist() == [127, -85, 51, 0]
+    np.testing.assert_allclose(
+        peers.companded().decode(mu)[:4], [4, -4 * 85 / 169, 4 * 51 / 203, 0], rtol=1e-6
+    )
+    # Roots 2, 1, 1/10 and 1/1000 of 2: the last is 1/8 of a code, and lost.
+    nu = peers.square_root().encode(group(4.0, 1.0, 1e-2, 1e-6))
+    assert nu.codes[:4].tolist() == [255, 128, 13, 0]
+    np.testing.assert_allclose(
+        peers.square_root().decode(nu)[:4], [4, (256 / 255) ** 2, (26 / 255) ** 2, 0], rtol=1e-6
+    )
+    # float16 ends at 65504 and 2^-24.
+    assert jnp.isinf(peers.companded().encode(group(1e5)).scales)
+    assert peers.companded().encode(group(1e-8)).scales == 0
+
+
+def test_bitsandbytes_codes_by_hand():
+    values = peers.tree_values(signed=True)
+    assert values.shape == (256,)
+    assert np.all(np.diff(values) > 0)
+    # 64 parts of [.1, 1], 32 of [.01, .1], and so on to [1e-7, 1e-6] itself; 0 and 1.
+    largest = 1 - 0.9 / 128
+    np.testing.assert_allclose(values[[0, 127, 128, 254, 255]], [-largest, 0, 5.5e-7, largest, 1])
+    unsigned = peers.tree_values(signed=False)
+    assert unsigned.shape == (256,)
+    np.testing.assert_allclose(unsigned[:3], [0, 3.25e-7, 7.75e-7], rtol=1e-6)
+    # A moment is its block's largest magnitude times the nearest value.
+    codec = peers.dynamic_tree(signed=True)
+    stored = codec.encode(group(8.0, -8.0, 8e-7, 8e-8, size=256))
+    assert stored.scales.tolist() == [[8.0]]
+    np.testing.assert_allclose(codec.decode(stored)[:4], [8, -8 * largest, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # from within that package
+def test_flashoptim_equals_its_package():
+    quantization = pytest.importorskip("flashoptim_jax").quantization
+    keys = jax.random.split(jax.random.key(0))
+    normal, spread = (jax.random.normal(key, (64, 1024)) for key in keys)
+    moment = (normal * jnp.exp(2 * spread)).at[3].set(0)
+    for codec, x, quantize, dequantize in [
+        (
+            peers.companded(),
+            moment,
+            quantization.quantize_momentum,
+            quantization.dequantize_momentum,
+        ),
+        (
+            peers.square_root(),
+            jnp.square(moment),
+            quantization.quantize_variance,
+            quantization.dequantize_variance,
+        ),
+    ]:
+        ours, theirs = codec.encode(x), quantize(x)
+        np.testing.assert_array_equal(ours.codes, theirs.values)
+        np.testing.assert_array_equal(ours.scales.ravel(), theirs.scales)
+        np.testing.assert_array_equal(codec.decode(ours), dequantize(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_picture_counts_bytes_of_arrays(tmp_path):
+    import picture  # with what the examples need
+    from quality import SETTINGS, gpt
+
+    totals, outcomes = [], {}
+    for name in picture.LOOKS:
+        setting = SETTINGS[name]
+        parts = picture.bytes_by_part(gpt.parse_arguments(setting.flags.split()), setting)
+        totals.append(sum(parts.values()))
+        outcomes[name] = picture.Outcome(np.linspace(5, 2, 100), 2.0, parts)
+    # Float32; moments of 2 bytes, but for their rows' scales and leaves too small for codes; so
+    # with weights, gradients and remainder of 5; all in bfloat16.
+    assert totals == [16, pytest.approx(10, abs=0.1), pytest.approx(7, abs=0.1), 8]
+    picture.draw(outcomes, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -1,0 +1,278 @@
+"""What README and docs show: their Python and commands run, and what they name exists."""
+
+import collections
+import functools
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+from sybil import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[2]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+
+
+# ------------------------------------------------------------------------------------------ Python
+
+
+@pytest.fixture
+def as_a_user():
+    """JAX as users have it, without the strictness of these tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class Tensor(np.ndarray):
+    """An array with the methods of torch's tensors that `docs/migration.md` needs."""
+
+    def detach(self):
+        return self
+
+    cpu = detach
+
+    def numpy(self):
+        return np.asarray(self)
+
+    def element_size(self):
+        return self.itemsize
+
+    def new_tensor(self, x):
+        return np.asarray(x, self.dtype).view(Tensor)
+
+    def new_zeros(self, shape, device):
+        return np.zeros(shape, self.dtype).view(Tensor)
+
+    def float(self):
+        return self.astype(np.float32)
+
+
+def stand_in_for_torch():
+    """The variables of `docs/migration.md`, as far as it uses them."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.normal(size=shape).astype(np.float32).view(Tensor)
+        for name, shape in {"fc.weight": (3, 2), "fc.bias": (3,)}.items()
+    }
+    group = {"params": [0, 1], "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+    state = {
+        "state": {
+            key: {"step": np.float32(7), "exp_avg": w + 1, "exp_avg_sq": w**2}
+            for key, w in enumerate(weights.values())
+        },
+        "param_groups": [group | {"weight_decay": 1e-2, "amsgrad": False}],
+    }
+    return {
+        "torch": SimpleNamespace(tensor=lambda x: x.view(Tensor)),
+        "model": SimpleNamespace(
+            named_parameters=weights.items,
+            load_state_dict=lambda arrays, strict: weights.update(arrays),
+        ),
+        "torch_optimizer": SimpleNamespace(
+            param_groups=state["param_groups"],
+            state_dict=lambda: state,
+            load_state_dict=state.update,
+        ),
+    }
+
+
+def torch_itself():
+    """The same, with a network and an optimizer of torch."""
+    import torch
+
+    model = torch.nn.Sequential()
+    model.add_module("fc", torch.nn.Linear(2, 3))
+    torch_optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    torch_optimizer.step()
+    return {"torch": torch, "model": model, "torch_optimizer": torch_optimizer}
+
+
+def parse(page):
+    """A page with its blocks of Python, which share a namespace."""
+    document = Document.parse(str(ROOT / page), PythonCodeBlockParser())
+    if page == "docs/migration.md":
+        has_torch = importlib.util.find_spec("torch")
+        document.namespace.update(torch_itself() if has_torch else stand_in_for_torch())
+    return document
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```" in text])
+def test_python_runs(page):
+    """Also what is hidden in comments: the variables of the blocks, and assertions."""
+    shown = 0
+    for example in parse(page).examples():
+        example.evaluate()
+        shown += TEXTS[page][example.region.start] == "`"
+    fences = re.findall(r"^ *```", TEXTS[page], re.MULTILINE)
+    assert len(fences) == 2 * shown  # every block is one of Python
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_each_optimizer_of_the_readme_trains():
+    def step(optimizer, params, state):
+        gradients = jax.grad(lambda p: jnp.sum(jnp.square(p["kernel"])))(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    examples = parse("README.md").examples()
+    for example, dtype in zip(examples, (jnp.float32, jnp.bfloat16), strict=True):
+        example.evaluate()
+        optimizer = example.namespace.pop("optimizer")
+        params = {"kernel": jnp.ones((64, 64), dtype)}
+        state = optimizer.init(params)
+        jitted = jax.jit(functools.partial(step, optimizer))
+        for _ in range(8):  # of 1e-3: two ulps of a bfloat16 below 1
+            params, state = jitted(params, state)
+        assert params["kernel"].dtype == dtype
+        assert 0.98 < params["kernel"].mean() < 0.995
+        memory = sum(leaf.nbytes for leaf in jax.tree.leaves((params, params, state)))
+        # A row of 64 has a scale of 4 bytes.
+        desired = {jnp.float32: 16, jnp.bfloat16: 7 + 4 / 64}[dtype]
+        assert memory / params["kernel"].size == pytest.approx(desired, abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+COMMAND = re.compile(
+    r"^ {4}((?:bash|pip|python|uv) (?:.*\\\n)*.*)$"  # may continue on the next line
+    r"|`((?:bash|pip|python|uv) [^`]+)`",
+    re.MULTILINE,
+)
+CI = (ROOT / ".ci" / "run").read_text()
+
+# Commands that take seconds.
+RUN = ["uv run benchmarks/arithmetic.py"]
+
+# The others, each with the reason, and with the test that does part of the same, if there is one.
+CUDA = "--with jax-cuda12-plugin --with jax-cuda12-pjrt --with nvidia-cuda-nvcc-cu12"
+FLASH = "--with flashoptim-jax"
+NOT_RUN = {
+    "bash .ci/run": "runs this test",
+    "pip install .": "tests/project/test_packaging.py installs the wheel",
+    "uv run examples/gpt.py": "takes minutes: tests/project/test_examples.py",
+    "uv run examples/mnist.py": "takes minutes: tests/project/test_examples.py",
+    "uv run notebooks/store.py notebooks/NAME.ipynb": "changes a notebook",
+    "uv run pytest --full": "takes hours: `uv run pytest`",
+    "uv run pytest -m fast": "part of `uv run pytest`",
+    "uv run pytest notebooks": "part of `uv run pytest`",
+    "uv run --group compilers pytest tests/compiled --full": "takes hours: CI, without --full",
+    "uv run --script tests/golden/make_golden.py": "needs torch and Keras",
+    # benchmarks
+    f"uv run {CUDA} {FLASH} benchmarks/bytes.py --target h100": "needs CUDA's compiler",
+    f"uv run {CUDA} benchmarks/arithmetic.py --target h100": "needs CUDA's compiler",
+    f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
+    f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
+    f"uv run {FLASH} benchmarks/quality.py": "takes an hour",
+    "uv run benchmarks/stress.py": "takes minutes: tests/project/test_benchmarks.py",
+    'uv run --with "jax[tpu]" benchmarks/scale.py': "takes minutes: CI, with --small",
+    'uv run --with torch --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
+    # endurance
+    "uv run tests/endurance/clients.py": "takes minutes: tests/endurance/test_clients.py",
+    "uv run tests/endurance/fuzz.py --updates 100000": (
+        "takes minutes: tests/endurance/test_fuzz.py"
+    ),
+    "uv run tests/endurance/kills.py": "takes minutes: tests/endurance/test_kills.py",
+    "uv run tests/endurance/leaks.py": "takes minutes: tests/endurance/test_leaks.py",
+    "uv run tests/endurance/long_runs.py": "takes minutes: tests/endurance/test_long_runs.py",
+    "uv run --with torch tests/endurance/torch_round_trip.py": "needs torch: tests/test_torch.py",
+}
+
+
+def commands(text):
+    """The commands in a page, each in one line and without its comment."""
+    for line, inline in COMMAND.findall(text):
+        joined = re.sub(r"\\\n\s*", "", line or inline)
+        yield from re.sub(r"\s+#.*", "", joined).split(" && ")
+
+
+COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
+# Each script of ours in them, and the options that it gets there.
+SCRIPTS = collections.defaultdict(set)
+for script, options in re.findall(r"(\S+\.py)(.*)", "\n".join(COMMANDS)):
+    SCRIPTS[script] |= set(re.findall(r"--[\w-]+", options))
+
+
+def takes_options(script):
+    return (ROOT / script).is_file() and "argparse" in (ROOT / script).read_text()
+
+
+def run(*arguments):
+    """Returns what this Python prints; it has to succeed."""
+    finished = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_each_command_runs_here_or_in_ci_or_has_a_reason():
+    in_ci = {command for command in COMMANDS if re.search(rf'{re.escape(command)}[\s"]', CI)}
+    # None is missing, superfluous or in two of the three.
+    assert collections.Counter([*in_ci, *RUN, *NOT_RUN]) == collections.Counter(COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_commands_run(command):
+    assert run(*shlex.split(command.removeprefix("uv run ")))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_files_in_commands_exist(command):
+    for word in shlex.split(command):
+        assert "/" not in word or list(ROOT.glob(word.replace("NAME", "*"))), word
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [*filter(takes_options, sorted(SCRIPTS))])
+def test_options_are_in_the_help(script, end_of):
+    code, shown, _ = end_of(script, "--help")
+    assert code in (0, None)
+    assert [option for option in SCRIPTS[script] if option not in shown] == []
+
+
+def test_the_last_command_of_the_readme_is_that_of_ci():
+    command = re.findall(r"^    (pip install uv && .*)$", TEXTS["README.md"], re.MULTILINE)[-1]
+    assert command == "pip install uv && uv run pytest"
+    assert command in CI
+
+
+# ------------------------------------------------------------------------------------------- names
+
+# A file of tests may be named without its folder.
+NAMED = re.compile(
+    r"\b((?:adam_jax|benchmarks|docs|examples|notebooks|tests)/[\w/.]*\w|test_\w+\.py)"
+    r"(?:::(test_\w+))?"
+)
+
+
+@pytest.mark.parametrize("page", [*TEXTS, "NOT_RUN"])
+def test_files_and_tests_that_are_named_exist(page):
+    text = TEXTS.get(page) or str(NOT_RUN)
+    missing = []
+    for name, function in NAMED.findall(text):
+        pattern = name.replace("NAME", "*") if "/" in name else f"tests/**/{name}"
+        files = list(ROOT.glob(pattern))
+        if not files or (function and f"def {function}(" not in files[0].read_text()):
+            missing.append(f"{name}::{function}" if function else name)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(page):  # mkdocs checks those in docs/
+    links = re.findall(r"\]\(([^)]+)\)", TEXTS[page])
+    assert links
+    assert [x for x in links if not x.startswith("https://") and not (ROOT / x).is_file()] == []

@@ -1,0 +1,118 @@
+"""Random words, 16-bit numbers and remainders: the same integers on every backend.
+
+Each is worked out again from its definition, in NumPy's 64-bit integers and floats, with nothing
+taken from the package.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from low_precision import LOW, each_dtype
+from words import GOLDEN, N, as_words, centred_noise, numbers, patterns, random_words
+
+from adam_jax._rounding import centred, join, nearest, random_bits, split, turned
+
+each_kept = pytest.mark.parametrize("kept", [0, 8, 16])
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (7, 9), (2, 3, 4), (256, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("leaf", "draw"), [(0, 0), (0, 1), (1, 0), (147, 1000), (2**32 - 1, 2**31 - 1)]
+)
+def test_random_bits(shape, leaf, draw):
+    found = jax.jit(random_bits, static_argnums=0)(shape, np.uint32(leaf), np.uint32(draw))
+    np.testing.assert_array_equal(np.ravel(found), random_words(leaf, draw, found.size))
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 2**31 - 1])
+def test_turned(count):
+    words = random_words(0)
+    found = jax.jit(turned)(as_words(words), np.int32(count))
+    np.testing.assert_array_equal(found, (words + count * GOLDEN) % 2**32)
+
+
+def test_centred():
+    words = random_words(0)
+    np.testing.assert_array_equal(jax.jit(centred)(as_words(words)), centred_noise(words))
+
+
+# 16 bits and a remainder. A number is a word: its pattern in 16 bits, and 16 bits after the point.
+
+
+def words_of(x, dtype, noise):
+    """The words of |x|. Those of small float16 have a last bit that is rounded."""
+    if dtype == "bfloat16":
+        return patterns(np.abs(x))
+    fraction, exponent = np.frexp(np.minimum(np.abs(x.astype(np.float64)), 2.0**16))
+    normal = (exponent + 13 + 2 * fraction) * 2**26
+    whole, part = np.divmod(np.ldexp(fraction, exponent + 40), 1)
+    # Compared with the half of the noise that rounds words no more.
+    subnormal = whole + (part > (0.5 if noise is None else noise % 2**16 / 2**16))
+    return np.where(exponent <= -14, subnormal, normal).astype(np.int64)
+
+
+def split_in_numpy(x, dtype, kept, noise):
+    """The pattern of the nearest 16-bit number, and the remainder in parts of its ulp."""
+    part = 2 ** (16 - kept)
+    infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
+    added = part // 2 if noise is None else noise // 2**16 % part
+    # The largest finite number, and the largest remainder.
+    parts = np.minimum(words_of(x, dtype, noise) + added, infinity * 2**16 - 0x8001) // part
+    low = (parts * part + 0x8000) // 2**16
+    remainder = parts - low * 2**16 // part
+    if dtype == "float16":
+        remainder = np.where((low == 0) & np.signbit(x), -remainder, remainder)
+    return np.signbit(x) * 2**15 + low, remainder
+
+
+@each_dtype
+@each_kept
+@pytest.mark.parametrize("random", [False, True], ids=["to nearest", "at random"])
+def test_split(dtype, kept, random):
+    words, noise = random_words(0), random_words(1) if random else None
+    if dtype == "bfloat16":  # every one, and random bits below it
+        words = np.arange(N) * 2**16 + words % 2**16
+        x = numbers(words)[words % 2**31 < 0x7F800000]
+    else:  # 2^-50 to 2^20: on either side of what float16 has
+        x = numbers(words // 2**31 * 2**31 + (127 - 50) * 2**23 + words % (70 * 2**23))
+    noise = noise if noise is None else noise[: len(x)]
+    bits = None if noise is None else as_words(noise)
+    found = jax.jit(split, static_argnums=(1, 2))(jnp.asarray(x), LOW[dtype], kept, bits)
+    low, remainder = split_in_numpy(x, dtype, kept, noise)
+    np.testing.assert_array_equal(np.asarray(found[0]).view(np.uint16), low)
+    np.testing.assert_array_equal(found[1], remainder)
+
+
+@each_dtype
+@each_kept
+def test_join(dtype, kept):
+    """Every finite number, with any remainder."""
+    infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
+    low = np.arange(N)
+    low = low[low % 2**15 < infinity]
+    remainder = random_words(0)[: len(low)] % 2**kept - 2**kept // 2
+    found = jax.jit(join, static_argnums=2)(
+        jnp.asarray(low.astype(np.uint16).view(LOW[dtype])),
+        jnp.asarray(remainder, jnp.int8 if kept <= 8 else jnp.int16),
+        kept,
+    )
+    sign, magnitude = np.divmod(low, 2**15)
+    added = remainder * 2 ** (16 - kept)
+    word = magnitude * 2**16 + added
+    if dtype == "bfloat16":
+        pattern = np.where(magnitude == 0, 0, word)
+    else:
+        sign = np.where((magnitude == 0) & (added != 0), added < 0, sign)
+        word = np.abs(word)
+        normal = word // 8 + np.where(word < infinity * 2**16, 127 - 15, 2 * (127 - 15)) * 2**23
+        pattern = np.where(word < 2**26, patterns(word / 2.0**40), normal)
+    np.testing.assert_array_equal(patterns(found), sign * 2**31 + pattern)
+
+
+def test_nearest():
+    words = random_words(0)
+    words = words[words % 2**31 < 0x7F800000]
+    found = jax.jit(nearest, static_argnums=1)(jnp.asarray(numbers(words)), jnp.bfloat16)
+    to_even = (words + 0x7FFF + (words >> 16 & 1)) >> 16
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), to_even)

@@ -1,0 +1,139 @@
+"""A float32 split into a 16-bit number and a remainder, and joined again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from low_precision import (
+    LOW,
+    all_numbers,
+    any_words,
+    bits_of,
+    each_dtype,
+    largest,
+    log_uniform,
+    many_examples,
+    ulp,
+)
+
+from adam_jax._rounding import join, random_bits, split
+
+
+@each_dtype
+@pytest.mark.parametrize("kept", [0, 8, 16])
+@pytest.mark.parametrize("bits", [None, 2**32 - 1])
+def test_every_16_bit_number_is_split_into_itself_and_nothing(dtype, kept, bits):
+    low = all_numbers(dtype)
+    joined = join(jnp.asarray(low))
+    assert joined.dtype == jnp.float32
+    np.testing.assert_array_equal(bits_of(joined), bits_of(low.astype(np.float32)))
+    words = None if bits is None else jnp.full(low.shape, bits, jnp.uint32)
+    again, remainder = split(joined, LOW[dtype], kept, words)
+    np.testing.assert_array_equal(bits_of(again), bits_of(low))
+    assert not remainder.any()
+
+
+def test_every_bfloat16_and_random_lower_bits_join_to_the_same_float32(x64):
+    lower = np.random.default_rng(0).integers(0, 2**16, 2**16, dtype=np.uint32)
+    words = (np.arange(2**16, dtype=np.uint32) << 16) | lower
+    x = words.view(np.float32)
+    x = x[np.isfinite(x) & (np.abs(x) <= largest("bfloat16"))]
+    x[np.abs(x) < 2.0**-134] *= 0  # of whose next bfloat16, 0, remainders are not counted
+    low, remainder = split(jnp.asarray(x), jnp.bfloat16, 16)
+    assert remainder.dtype == jnp.int16
+    assert remainder.min() < -(2**14)
+    assert remainder.max() > 2**14
+    np.testing.assert_array_equal(bits_of(join(low, remainder, 16)), bits_of(x))
+
+
+def test_float16_and_16_bits_are_float32_from_2_to_the_minus_17():
+    x = log_uniform(2**16, -17, 15.99)
+    low, remainder = split(jnp.asarray(x), jnp.float16, 16)
+    np.testing.assert_array_equal(join(low, remainder, 16), x)
+    x = log_uniform(2**16, -60, -17)
+    joined = np.asarray(join(*split(jnp.asarray(x), jnp.float16, 16), 16), np.float64)
+    assert np.abs(joined - x).max() <= 2.0**-41
+
+
+@each_dtype
+def test_rounding_is_to_nearest_without_bits(dtype):
+    x = log_uniform(2**16, -30, 15.9)
+    low, _ = split(jnp.asarray(x), LOW[dtype], 16)
+    desired = x.astype(LOW[dtype])
+    # Rounded in two steps, to 2^-40 and to 2^-24, a small float16 may go the other way at a tie.
+    slack = 2.0**-41 if dtype == "float16" else 0.0
+    error, least = (np.abs(np.asarray(y, np.float64) - x) for y in (low, desired))
+    assert np.all(error <= least + slack)
+
+
+@each_dtype
+@pytest.mark.parametrize("kept", [0, 8])
+def test_rounding_is_right_on_average_over_all_bits(dtype, kept):
+    """The mean over all 2^16 values of the bits that decide is x itself, exactly."""
+    x = log_uniform(20, -12, 15.9)  # beyond float16's subnormal numbers, which use other bits
+    bits = jnp.arange(2**16, dtype=jnp.uint32) << 16
+    for value in x:
+        low, remainder = split(jnp.full(2**16, value), LOW[dtype], kept, bits)
+        joined = np.asarray(join(low, remainder, kept), np.float64)
+        assert joined.mean() == value
+        assert len(np.unique(joined)) <= 2
+
+
+@pytest.mark.parametrize("kept", [0, 8, 16])
+def test_rounding_of_subnormal_float16_is_right_on_average(kept):
+    n = 2**16
+    bits = random_bits((n,), 3)
+    for value in np.array([3.3e-6, -4.4e-8, 1.23e-9, 7e-13], np.float32):
+        low, remainder = split(jnp.full(n, value), jnp.float16, kept, bits)
+        joined = np.asarray(join(low, remainder, kept), np.float64)
+        grid = 2.0 ** (-24 - kept)
+        share = np.abs(value / grid) % 1
+        deviation = grid * np.sqrt(share * (1 - share) / n)
+        assert abs(joined.mean() - value) <= 5 * deviation
+        assert np.all(np.abs(joined - value) < grid)
+
+
+@each_dtype
+@pytest.mark.parametrize("kept", [0, 8, 16])
+@given(any_words, any_words)
+@many_examples
+def test_split_any_float32(dtype, kept, words, bits):
+    x = words.view(np.float32)
+    x[np.isnan(x)] = np.nan  # a quiet one, as arithmetic makes it
+    low, remainder = jax.jit(split, static_argnums=(1, 2))(x, LOW[dtype], kept, bits)
+    joined = np.asarray(join(low, remainder, kept), np.float64)
+    low, remainder = np.asarray(low), np.asarray(remainder)
+    finite = np.isfinite(x)
+    np.testing.assert_array_equal(np.isfinite(low), finite)
+    np.testing.assert_array_equal(joined[~finite], x[~finite])
+    np.testing.assert_array_equal(np.signbit(low), np.signbit(x))
+    assert not remainder[~finite].any()
+    half = 2**kept // 2
+    assert np.all((remainder >= -half) & (remainder <= max(half - 1, 0)))
+    # What is not finite has been checked, and would make NumPy warn of it.
+    x, joined = (np.where(finite, y, 0).astype(np.float64) for y in (x, joined))
+    error = np.abs(joined - x)
+    if dtype == "bfloat16":
+        # Beside 0 remainders are not counted.
+        beside_zero = np.abs(x) < 2.0**-133
+        assert np.all(error[beside_zero] <= 2.0**-133)
+        finite &= ~beside_zero
+    inside = finite & (np.abs(x) <= largest(dtype))
+    unit = ulp(x, dtype) * 2.0**-kept
+    assert np.all(error[inside] <= unit[inside])
+    if dtype == "bfloat16" and kept == 16:
+        assert not error[inside].any()
+    beyond = finite & ~inside
+    assert np.all(np.abs(joined[beyond]) >= largest(dtype))
+    assert np.all(np.abs(low[beyond].astype(np.float64)) == largest(dtype))
+
+
+@pytest.mark.parametrize("kept", [8, 16])
+@each_dtype
+def test_a_parameter_that_was_cut_off_is_nothing_else(dtype, kept):
+    """Whatever was left of the weight: for bfloat16 nothing, for float16 less than its smallest."""
+    low, remainder = split(jnp.asarray(log_uniform(4096, -10, 10)), LOW[dtype], kept)
+    assert jnp.any(remainder < 0)
+    weights = join(jnp.zeros_like(low), remainder, kept)
+    assert np.all(np.abs(weights) <= (0 if dtype == "bfloat16" else 2.0**-25))

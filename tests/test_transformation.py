@@ -1,0 +1,98 @@
+"""What surrounds one leaf's step: rates, decay, masks, one rounding, what is compiled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trees import untyped
+
+import adam_jax
+
+
+@pytest.mark.parametrize("make", [adam_jax.adam, adam_jax.adamw])
+def test_half_precision_updates_are_rounded_once(make):
+    """Direction, decay and learning rate are float32, and their result is rounded: not each."""
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal(1000), jnp.bfloat16)
+    gradients = jnp.asarray(rng.standard_normal(1000), jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in (gradients, params)]
+    optimizer = make(3e-4)
+    state = optimizer.init(params)
+    narrow_updates, _ = optimizer.update(gradients, state, params)
+    wide_updates, _ = optimizer.update(wide[0], state, wide[1])
+    np.testing.assert_array_equal(narrow_updates, wide_updates.astype(jnp.bfloat16))
+
+
+def test_eager_updates_compile_nothing_for_new_hyperparameters(caplog):
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    others = {"w": jnp.ones((37, 41))}  # of a shape that no other test has
+
+    def step(**settings):
+        optimizer = adam_jax.adamw(**settings)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        jax.block_until_ready(updates)
+        return optimizer
+
+    optimizer = step(learning_rate=0.1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+    state = jax.block_until_ready(optimizer.init(others))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        step(learning_rate=0.2, b1=0.0, b2=0.9, eps=1e-3, weight_decay=0.2)
+        assert not caplog.records
+        # The check can fail: a new shape must be compiled.
+        optimizer.update(others, state, others)
+    assert "Compiling" in caplog.text
+
+
+PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+
+
+def update(optimizer, gradients, params=PARAMS) -> Any:
+    return optimizer.update(gradients, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_the_mask_says_which_leaves_decay(as_function):
+    mask = {"dense": {"kernel": True, "bias": False}}
+    given = (lambda _: mask) if as_function else mask
+    updates, state = update(adam_jax.adamw(0.1, weight_decay=0.5, mask=given), PARAMS)
+    decayed, _ = update(adam_jax.adamw(0.1, weight_decay=0.5), PARAMS)
+    plain, _ = update(adam_jax.adam(0.1), PARAMS)
+    np.testing.assert_array_equal(updates["dense"]["kernel"], decayed["dense"]["kernel"])
+    np.testing.assert_array_equal(updates["dense"]["bias"], plain["dense"]["bias"])
+    theirs = optax.adamw(0.1, mask=mask).init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(theirs)
+
+
+def test_a_weight_decay_schedule():
+    schedule = lambda count: 0.5 * jnp.asarray(count, float)  # noqa: E731
+    optimizer = untyped(adam_jax.adamw(0.1, weight_decay=schedule))
+    state = optimizer.init(PARAMS)
+    first, state = optimizer.update(PARAMS, state, PARAMS)
+    second, _ = optimizer.update(PARAMS, state, PARAMS)
+    difference = np.asarray(second["dense"]["bias"] - first["dense"]["bias"])
+    np.testing.assert_allclose(difference, -0.1 * 0.5, rtol=1e-5)
+
+
+def test_a_frozen_parameter_under_a_mask_that_is_a_function():
+    """The mask of a parameter that is None is None."""
+    params = {"a": jnp.ones(3), "frozen": None}
+    mask = lambda params: jax.tree.map(lambda p: p.ndim > 0, params)  # noqa: E731
+    optimizer = untyped(adam_jax.adamw(0.1, mask=mask))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert updates["frozen"] is None
+    assert jnp.all(updates["a"] < 0)
+
+
+def test_learning_rates_that_do_not_fit():
+    with pytest.raises(ValueError, match="learning_rate must be one value or a tree prefix"):
+        update(adam_jax.adam({"conv": 0.1}), PARAMS)
+
+
+def test_a_leaf_without_a_learning_rate():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    optimizer = adam_jax.adam({"a": 0.1, "b": None})
+    with pytest.raises(ValueError, match=r"learning_rate is None at \['b'\]"):
+        optimizer.update(params, optimizer.init(params), params)
