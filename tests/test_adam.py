@@ -20,7 +20,7 @@ B2 = [0.9, 0.999, 0.99999, 0.9999999]
 
 @pytest.fixture(scope="module")
 def gradients():
-    return np.random.default_rng(0).standard_normal((2000, 400)).astype(np.float32)
+    return normal(2000, 400)
 
 
 @pytest.mark.covering

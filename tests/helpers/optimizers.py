@@ -152,7 +152,7 @@ def _weights_row(remainder, moments):
         inner = adam_jax.adamw(learning_rate, b1, b2, weight_decay=weight_decay, **formats)
         return adam_jax.master_weights(inner, remainder)
 
-    exact = moments == "float32" and remainder in ("int16", "float32")
+    exact = moments == "float32" and remainder in ("int16", "float32")  # float32, in two parts
     return Row(
         f"master_weights-{remainder}-{moments}",
         factory,
@@ -166,12 +166,11 @@ def _weights_row(remainder, moments):
     )
 
 
-_WEIGHTS_ROWS = {
-    (remainder, moments): _weights_row(remainder, moments)
+STORED_ROWS = ROWS + [
+    _weights_row(remainder, moments)
     for remainder in ("none", "int8", "int16", "float32")
     for moments in ("float32", "bfloat16", "int8")
-}
-STORED_ROWS = [*ROWS, *_WEIGHTS_ROWS.values()]
+]
 # With every type of state, every format and every remainder; what differs in arithmetic alone is
 # left to --full.
 _LAYOUTS = [
@@ -189,8 +188,6 @@ _LAYOUTS = [
     "master_weights-int16-bfloat16",
     "master_weights-float32-int8",
 ]
-
-
 LAYOUT_ROWS = [row for row in STORED_ROWS if row.name in _LAYOUTS]
 
 
