@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import gradients_of, params_of, run, run_eagerly
+from contract import few_params_of, gradients_of, params_of, run, run_eagerly
 from optimizers import each_row
 from trees import assert_close, random, untyped
 
@@ -43,7 +43,7 @@ def test_multi_transform(row):
 @each_row
 @pytest.mark.usefixtures("standard_promotion")
 def test_multi_steps(row):
-    params = params_of()
+    params = few_params_of()
     gradients = gradients_of(params, 6)
     every_second = optax.MultiSteps(row.make(), every_k_schedule=2).gradient_transformation()
     updates, _ = run(every_second, params, gradients)
@@ -59,7 +59,7 @@ def test_multi_steps(row):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_apply_if_finite(row, bad):
-    params = params_of()
+    params = few_params_of()
     gradients = gradients_of(params, 4)
     poisoned = gradients | {"kernel": gradients["kernel"].at[2, 0, 0].set(bad)}
     updates, _ = run(optax.apply_if_finite(row.make(), 3), params, poisoned)
@@ -82,7 +82,7 @@ def test_flatten(row):
 
 @each_row
 def test_chain_with_clipping(row):
-    params = params_of()
+    params = few_params_of()
     gradients = gradients_of(params, 3)
     updates, _ = run_eagerly(optax.chain(optax.clip(0.1), row.make()), params, gradients)
     clipped = jax.tree.map(lambda g: jnp.clip(g, -0.1, 0.1), gradients)

@@ -15,6 +15,11 @@ def params_of(dtype="float32"):
     return leaves | {"none": None, "empty": {}}
 
 
+def few_params_of(dtype="float32"):
+    """The same without two ordinary leaves, which cost most to compile."""
+    return {name: x for name, x in params_of(dtype).items() if name not in ("stack", "one")}
+
+
 def gradients_of(params, steps=None, seed=1):
     """Gradients shaped like the parameters, with an axis of time in front if `steps` is given."""
     time = () if steps is None else (steps,)

@@ -1,11 +1,14 @@
 """The examples, run as a user runs them, and those in docstrings."""
 
 import doctest
+import functools
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@functools.cache
+def cache():
+    """A folder in which scripts find what others have compiled, for as long as the tests run."""
+    return tempfile.TemporaryDirectory()
+
+
 def run(command, *more):
     """Runs a script of ours: words of a command line, and more that may have spaces in them."""
-    command = [sys.executable, *command.split(), *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    compiled_once = {
+        "JAX_COMPILATION_CACHE_DIR": cache().name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.run(
+        [sys.executable, *command.split(), *more],
+        cwd=ROOT,
+        env=os.environ | compiled_once,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def number(pattern, text):
