@@ -37,8 +37,10 @@ def pytest_collection_modifyitems(config, items):
     Marks as fast what is not slow, and in tests of all optimizers a few of these.
     """
     for item in items:
-        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-        if not item.get_closest_marker("slow") and (row is None or row.name in FAST_ROWS):
+        row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
+        folders = item.path.relative_to(config.rootpath).parts
+        slow = item.get_closest_marker("slow") or {"endurance", "notebooks"} & {*folders}
+        if not slow and (row is None or row.name in FAST_ROWS):
             item.add_marker("fast")
     if config.getoption("full"):
         return

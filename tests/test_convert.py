@@ -18,6 +18,7 @@ from adam_jax import convert_remainder, load_master_params, master_params, maste
 SHAPE = (64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @pytest.mark.parametrize("formats", [("int8", "int8"), ("bfloat16", "int8"), ("int8", "bfloat16")])
 @pytest.mark.parametrize("factory", [adam_jax.adam, adam_jax.nadamw], ids=["adam", "nadamw"])

@@ -180,6 +180,7 @@ def test_1000_jitted_steps_are_those_of_float32_but_for_fused_roundings(name, dt
     chex.assert_trees_all_equal_dtypes(low, params)
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @each_dtype
 @pytest.mark.parametrize("direction", [1, -1])
@@ -221,6 +222,7 @@ def test_random_bits_differ_between_steps_leaves_and_coordinates():
             assert abs(np.mean(ups == other) - 0.5) <= 5 * 0.5 / 64
 
 
+@pytest.mark.slow
 def test_loading_float32_weights():
     master = {"w": log_uniform(4096, -17, 15.9), "b": np.float32(0.1), "c": np.zeros(0, np.float32)}
     for dtype in LOW:
@@ -350,6 +352,7 @@ def test_masked_leaves_are_not_touched():
     chex.assert_trees_all_equal_structs(state, after)
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @each_remainder
 def test_wide_leaves_go_through(remainder, x64):

@@ -153,6 +153,7 @@ def test_nu_at_its_smallest(mu_dtype, nu_dtype):
     assert 0.24 < statistics["nu_at_smallest"] <= 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])

@@ -70,6 +70,7 @@ def test_encode_tells_what_load_will_read(formats, compiled):
     chex.assert_trees_all_equal(values, read)
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @pytest.mark.parametrize("model", MODELS)
 @each_format
@@ -113,6 +114,7 @@ def test_invariants_on_hard_gradients(model, formats):
         np.testing.assert_allclose(jnp.median(ratio), 1, atol=0.05)
 
 
+@pytest.mark.slow
 @each_format
 def test_no_coordinate_is_stranded(formats):
     """Constant gradients: every direction comes to 1 on average, from a nu once far too large."""

@@ -112,6 +112,7 @@ def continued(name, torch_state, weights):
     return params, state, losses
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
 @each_optimizer
@@ -201,6 +202,7 @@ def test_names_and_the_order_of_groups(keys):
             np.testing.assert_array_equal(back["state"][key][field], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
 def test_into_every_storage_format(format):
     torch_state, weights = small_torch()

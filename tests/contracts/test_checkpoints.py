@@ -125,6 +125,7 @@ def on_mesh(optimizer, dtype, devices):
     return params, shardings
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @each_layout
 @pytest.mark.parametrize("devices", [4, 2])

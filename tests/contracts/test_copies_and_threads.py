@@ -53,6 +53,7 @@ def at_once(functions):
 # Threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("same", [False, True], ids=["different", "the same"])
 def test_threads_step_optimizers(jit, same):
@@ -124,6 +125,7 @@ sys.stdout.buffer.write(pickle.dumps(optimizer.update(gradients, state, params))
 """
 
 
+@pytest.mark.slow
 @each([row for row in ROWS if row.name == "adamw"] + [SEVEN_BYTES])
 def test_another_process_takes_the_same_step(row):
     optimizer, dtype = row.make(), row.param_dtype

@@ -56,6 +56,7 @@ def differing(tree, desired):
     return [i for i, (x, y) in enumerate(pairs) if x != y]
 
 
+@pytest.mark.slow
 def test_runs_repeated(pytestconfig):
     """With other optimizers of the same settings, traced and compiled anew."""
     rows = STORED_ROWS if pytestconfig.getoption("full") else LAYOUT_ROWS
