@@ -57,7 +57,9 @@ def results(report: Path) -> Iterator[Result]:
         file = case.get("classname", "").replace(".", "/") + ".py"
         if not Path(file).exists():
             file = NOTEBOOKS
-        device = re.search(rf"\b({'|'.join(COMPILED)})\b", parameters)
+        device = None
+        if file.startswith("tests/compiled/"):
+            device = re.search(rf"\b({'|'.join(COMPILED)})\b", parameters)
         outcome, reason = "passed", ""
         for part in case:
             if part.tag in ("failure", "error"):
