@@ -23,13 +23,13 @@ def cache():
 
 
 def run(command, *more):
-    """Runs a script of ours: words of a command line, and more that may have spaces in them."""
+    """Runs a script: words of a command line, and more with spaces in them. Warnings are errors."""
     compiled_once = {
         "JAX_COMPILATION_CACHE_DIR": cache().name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.run(
-        [sys.executable, *command.split(), *more],
+        [sys.executable, "-W", "error", *command.split(), *more],
         cwd=ROOT,
         env=os.environ | compiled_once,
         capture_output=True,
@@ -113,7 +113,7 @@ def test_gpt_learns_and_plots(tmp_path, flags, memory):
 def train_and_save(checkpoints, output, more=""):
     tiny = "--steps 100 --layers 1 --width 32 --context 16 --batch-size 4"
     paths = ["--checkpoints", str(checkpoints), "--output", str(output)]
-    return run(f"-W error examples/gpt.py {tiny} {more}", *paths)
+    return run(f"examples/gpt.py {tiny} {more}", *paths)
 
 
 of_one_run = pytest.mark.xdist_group("gpt")  # which one worker makes, once
