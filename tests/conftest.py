@@ -39,7 +39,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
         folders = item.path.relative_to(config.rootpath).parts
-        slow = item.get_closest_marker("slow") or {"endurance", "notebooks"} & {*folders}
+        slow = item.get_closest_marker("slow") or {"compiled", "endurance", "notebooks"} & {
+            *folders
+        }
         if not slow and (row is None or row.name in FAST_ROWS):
             item.add_marker("fast")
     if config.getoption("full"):
