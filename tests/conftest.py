@@ -27,6 +27,7 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run every case, not only a covering set")
 
 
+SLOW_FOLDERS = {"compiled", "endurance", "notebooks"}
 FAST_ROWS = ("adamw", "adamw-int8", "master_weights-int8-int8")
 
 
@@ -39,9 +40,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
         folders = item.path.relative_to(config.rootpath).parts
-        slow = item.get_closest_marker("slow") or {"compiled", "endurance", "notebooks"} & {
-            *folders
-        }
+        slow = item.get_closest_marker("slow") or SLOW_FOLDERS.intersection(folders)
         if not slow and (row is None or row.name in FAST_ROWS):
             item.add_marker("fast")
     if config.getoption("full"):
