@@ -76,8 +76,8 @@ def master_weights(
     are bit-identical to float32 runs as long as both round alike: in a jitted program XLA may fuse
     the last product of an update with this sum, in one program and not in another, which leaves out
     a rounding of less than an ulp of the update. With float16, 16 bits are 2^-16 ulp: exact for
-    weights from 2^-17 to 65504, rounded at random to multiples of 2^-40 below. Random bits are a
-    hash of leaf, coordinates and step, drawn anew at each step.
+    weights from 2^-17 to 65504, rounded stochastically to multiples of 2^-40 below. Random bits
+    are a hash of leaf, coordinates and step, drawn anew at each step.
 
     A finite weight beyond the largest finite parameter (3.39e38, 65504) becomes that, but for
     `"float32"`, whose remainder goes further. Infinity and NaN are passed on. Landing is exact

@@ -38,7 +38,7 @@ def begin(optimizer, dtype, gradient_dtype):
 
 
 def assert_bad_steps_do_nothing(optimizer, dtype):
-    """Gradients are float32. The step after them is that of a run without them, to the bit."""
+    """Gradients are float32. The step after them is bit-identical to that of a run without them."""
     step, params, state = begin(optimizer, dtype, "float32")
     after, after_state = params, state
     for i, bad in enumerate(bad_gradients("float32"), start=1):
