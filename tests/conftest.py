@@ -1,4 +1,5 @@
 import collections
+import itertools
 import re
 import zlib
 
@@ -28,20 +29,26 @@ def pytest_addoption(parser):
 
 
 SLOW_FOLDERS = {"compiled", "endurance", "notebooks"}
-FAST_ROWS = ("adamw", "adamw-int8", "master_weights-int8-int8")
+FAST = {"row": {"adamw", "adamw-int8"}, "remainder": {"int8", "int16"}}
+
+
+def is_fast(item):
+    folders = item.path.relative_to(item.config.rootpath).parts
+    if item.get_closest_marker("slow") or SLOW_FOLDERS.intersection(folders):
+        return False
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    names = {key: getattr(params[key], "name", params[key]) for key in FAST if key in params}
+    return all(name in FAST[key] for key, name in names.items())
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     """Leaves out what only --full runs: cases marked `full`, and all but a covering set.
 
-    Marks as fast what is not slow, and in tests of all optimizers a few of these.
+    Marks as fast what is not slow, and in tests of all optimizers or remainders a few of these.
     """
     for item in items:
-        row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
-        folders = item.path.relative_to(config.rootpath).parts
-        slow = item.get_closest_marker("slow") or SLOW_FOLDERS.intersection(folders)
-        if not slow and (row is None or row.name in FAST_ROWS):
+        if is_fast(item):
             item.add_marker("fast")
     if config.getoption("full"):
         return
@@ -60,15 +67,25 @@ def pytest_collection_modifyitems(config, items):
 def covering(items):
     """The cases of a test that it takes for each value of each of its parameters to occur.
 
+    Of rows of the table of optimizers: for each of their traits to occur, and the fast ones.
     Names of tests decide among equals, so that other tests meet other combinations.
     """
+
+    def parts(param):
+        traits = getattr(param, "traits", None)
+        if traits is None:
+            return {id(param)}
+        return traits | {param.name}.intersection(FAST["row"])
 
     def values(item):
         params = item.callspec.params
         names = [mark.args[0] for mark in item.iter_markers("parametrize")]
         axes = [tuple(re.findall(r"\w+", x)) if isinstance(x, str) else tuple(x) for x in names]
         axes += [(name,) for name in params.keys() - set().union(*axes)]  # parameters of fixtures
-        return {(axis, *(id(params[name]) for name in axis)) for axis in axes}
+        found = set()
+        for axis in axes:
+            found |= {(axis, *x) for x in itertools.product(*(parts(params[n]) for n in axis))}
+        return found
 
     left, chosen = set().union(*map(values, items)), []
     while left:

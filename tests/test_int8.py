@@ -59,6 +59,7 @@ def encoded_mu(mu, q, n):
     return _int8.encode_mu(jnp.broadcast_to(mu, ALL.shape), q, jnp.asarray(ALL), n)
 
 
+@pytest.mark.slow
 @each_levels
 @pytest.mark.parametrize("noise", [-0.499, 0, 0.499])
 def test_every_code_survives(levels, noise):

@@ -116,6 +116,7 @@ def test_parameter_and_remainder_are_the_float32_weight_of_each_step(name, dtype
     assert np.all(kernel[0] != kernel[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @each_inner
 @each_that_is_float32
@@ -128,6 +129,7 @@ def test_a_compiler_that_fuses_product_and_sum_rounds_once(name, dtype, remainde
         assert np.all(np.abs(w[1:] - exact) <= half_ulps)
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @each_inner
 @each_that_is_float32
@@ -168,6 +170,7 @@ def test_1000_jitted_steps_of_exact_products_are_those_of_float32(name, dtype, r
     assert not np.array_equal(desired["kernel"], widened(params)["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.covering
 @each_inner
 @each_that_is_float32
@@ -301,6 +304,7 @@ def train_with_value(optimizer, params, gradients):
     return train(optax.GradientTransformation(optimizer.init, with_value), params, gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_outermost_around_other_transformations(name):
     """With 16 bits for bfloat16, any of them does what it does to float32."""
@@ -316,6 +320,7 @@ def test_outermost_around_other_transformations(name):
     assert np.any(low["kernel"] != params["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remainder", ["none", "int16"])
 def test_inside_transformations_that_leave_its_updates_alone(remainder):
     params, gradients = tree_of("bfloat16"), widened(tree_of("bfloat16", (6,), 1))

@@ -34,6 +34,7 @@ def test_every_16_bit_number_is_split_into_itself_and_nothing(dtype, kept, bits)
     assert not remainder.any()
 
 
+@pytest.mark.slow
 def test_every_bfloat16_and_random_lower_bits_join_to_the_same_float32(x64):
     lower = np.random.default_rng(0).integers(0, 2**16, 2**16, dtype=np.uint32)
     words = (np.arange(2**16, dtype=np.uint32) << 16) | lower
@@ -129,6 +130,7 @@ def test_split_any_float32(dtype, kept, words, bits):
     assert np.all(np.abs(low[beyond].astype(np.float64)) == largest(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [8, 16])
 @each_dtype
 def test_a_parameter_that_was_cut_off_is_nothing_else(dtype, kept):

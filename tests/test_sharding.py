@@ -129,6 +129,7 @@ def test_sharded_parameters_need_nothing(row, specs):
     assert_placed(state, adam_jax.state_shardings(optimizer, params))
 
 
+@pytest.mark.slow
 @each_layout
 def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(row):
     optimizer, dtype = row.make(**EXACT), row.param_dtype

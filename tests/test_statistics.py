@@ -43,6 +43,7 @@ def run(optimizer, params, gradients, **kwargs):
     return scan(params, gradients)
 
 
+@pytest.mark.covering
 @each_row
 def test_every_optimizer_and_format(row, small_leaves_in_int8, standard_promotion):
     leaves = {

@@ -47,6 +47,7 @@ def in_float32(state):
     return adam_jax.convert_state(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 @each_format
 def test_encode_tells_what_load_will_read(formats, compiled):
@@ -136,6 +137,7 @@ def test_no_coordinate_is_stranded(formats):
     assert jnp.abs(late - 1).max() < 0.15  # every single coordinate, over 15 times nu's memory
 
 
+@pytest.mark.slow
 @each_format
 def test_moments_decay_to_zero_when_gradients_stop(formats):
     optimizer = untyped(adam_jax.scale_by_adam(eps=1e-8, mu_dtype=formats[0], nu_dtype=formats[1]))
@@ -229,6 +231,7 @@ def test_a_maximum_in_bfloat16_is_hardly_biased(factory, denominator):
     assert jnp.abs(ratio - 1).max() < 0.15
 
 
+@pytest.mark.slow
 @each_format
 def test_shard_map_over_the_rows(formats):
     """The step compiles where leaves vary over a mesh, and gives what it gives without one."""

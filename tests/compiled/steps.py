@@ -82,12 +82,12 @@ def grid():
 
 
 def covering(settings):
-    """So few of them that still each two of optimizer, formats, weights and shape meet."""
+    """So few that each two of algorithm, formats, weights and shape meet, with all optimizers."""
 
     def pairs(setting):
         formats = setting.mu_format, setting.nu_format
-        parts = setting.row.name, formats, setting.weights, setting.shape
-        return set(itertools.combinations(parts, 2))
+        parts = setting.row.algorithm, formats, setting.weights, setting.shape
+        return {setting.row.name, *itertools.combinations(parts, 2)}
 
     left = set().union(*map(pairs, settings))
     chosen = []

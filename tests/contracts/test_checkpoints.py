@@ -32,6 +32,7 @@ def steps(optimizer, state, params, n):
     return params, state
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw"])
 @pytest.mark.parametrize("direction", ["from optax", "to optax"])
 def test_a_checkpoint_changes_hands(name, direction, tmp_path):
@@ -184,6 +185,7 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [halve, empty, remove])
 def test_a_truncated_checkpoint_is_an_error_and_the_one_before_loads(damage, two_checkpoints):
     """Whichever file it is: an error, or one that nothing is read from."""

@@ -10,7 +10,7 @@ from contract import few_params_of, gradients_of, params_of, run, run_eagerly
 from optimizers import each_row
 from trees import assert_close, random, untyped
 
-pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
+pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int8")]
 
 
 @each_row
@@ -54,7 +54,6 @@ def test_multi_steps(row):
     assert_close(jax.tree.map(lambda u: u[1::2], updates), desired, tolerance)
 
 
-@pytest.mark.covering
 @each_row
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -10,7 +10,7 @@ from contract import few_params_of, gradients_of, run, run_eagerly
 from optimizers import each_row
 from trees import assert_close, random, untyped
 
-pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
+pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int8")]
 
 
 @each_row
@@ -39,6 +39,7 @@ def test_vmap_over_hyperparameters(row):
         assert_close(jax.tree.map(lambda u, i=i: u[i], together), alone, tolerance)
 
 
+@pytest.mark.slow
 @each_row
 @pytest.mark.usefixtures("standard_promotion")
 def test_inject_hyperparams_with_bfloat16_parameters(row):
@@ -134,6 +135,7 @@ def test_gradients_through_ten_steps(row, x64):
             np.testing.assert_allclose(derivative[:, i], difference, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @each_row
 @pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
 def test_derivatives_by_hyperparameters(row, x64):

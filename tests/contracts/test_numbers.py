@@ -10,7 +10,7 @@ from contract import gradients_of, moments_of, params_of, run, run_eagerly
 from optimizers import each_row
 from trees import assert_close
 
-pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
+pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int8")]
 
 # The dtypes that each of JAX's two modes has.
 NARROW = ["float16", "bfloat16", "float32", "complex64"]
@@ -95,7 +95,6 @@ def assert_agrees_with_the_reference(row, dtype, params, gradients, updates):
         assert_close(updates, desired, 10 * tolerance)
 
 
-@pytest.mark.covering
 @each_row
 @each_dtype
 def test_numbers_shapes_and_dtypes_of_a_run(row, dtype, x64):
@@ -114,7 +113,6 @@ def test_numbers_shapes_and_dtypes_of_a_run(row, dtype, x64):
     assert_agrees_with_the_reference(row, dtype, params, gradients, updates)
 
 
-@pytest.mark.covering
 @each_row
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32")])
 def test_ten_steps_compile_once(row, dtypes):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from optimizers import each_row
 from trees import assert_close
 
-pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
+pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int8")]
 
 
 @each_row

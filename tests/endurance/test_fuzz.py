@@ -1,4 +1,4 @@
-"""The fuzzer finds nothing, in a few thousand updates; and it finds what is broken on purpose."""
+"""The fuzzer finds nothing, in two thousand updates; and it finds what is broken on purpose."""
 
 import collections
 import dataclasses
@@ -37,7 +37,7 @@ def test_random_cases(part):
                 f"uv run tests/endurance/fuzz.py --seed 0 --steps 10 --case {number}\n{case}"
             )
             raise
-        if tally["all", "updates"] >= 750:
+        if tally["all", "updates"] >= 500:
             break
     assert tally["all", "cases"] >= 15
 

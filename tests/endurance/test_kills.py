@@ -20,25 +20,25 @@ gpt.main()
 
 
 @pytest.mark.slow
-def test_three_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
+def test_two_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
     import kills  # which needs what the oldest versions are tested without
 
-    hits, continued_from = kills.train_and_kill(tmp_path, 3, "7-bytes", seed=0)
-    assert sum(hits.values()) == 3
+    hits, continued_from = kills.train_and_kill(tmp_path, 2, "7-bytes", seed=0)
+    assert sum(hits.values()) == 2
     assert continued_from
     arrays, desired = (kills.final(tmp_path / name) for name in ("killed", "whole"))
-    assert len(arrays["losses"]) == 400
+    assert len(arrays["losses"]) == 300
     assert not kills.differences(arrays, desired)
 
     # The last 50 steps once more, on the batches of the steps after them.
     folder, script = tmp_path / "off_by_one", tmp_path / "off_by_one.py"
     shutil.copytree(tmp_path / "whole" / "checkpoints", folder / "checkpoints")
-    shutil.rmtree(folder / "checkpoints" / "400")
+    shutil.rmtree(folder / "checkpoints" / "300")
     script.write_text(OFF_BY_ONE.format(examples=str(kills.GPT.parent)))
-    training = kills.Training(folder, 400, "7-bytes", script)
+    training = kills.Training(folder, 300, "7-bytes", script)
     training.finish()
-    assert training.continued_from() == 350
+    assert training.continued_from() == 250
     arrays = kills.final(folder)
-    np.testing.assert_array_equal(arrays["losses"][:350], desired["losses"][:350])
-    assert (arrays["losses"][350:] != desired["losses"][350:]).all()
+    np.testing.assert_array_equal(arrays["losses"][:250], desired["losses"][:250])
+    assert (arrays["losses"][250:] != desired["losses"][250:]).all()
     assert {"losses", "held_out", "[0]['embedding']"} <= set(kills.differences(arrays, desired))

@@ -67,6 +67,18 @@ class Row:
         return self.reference(gradients, params, **self.settings | self.taken(overrides))
 
     @property
+    def algorithm(self):
+        """Its name without what is the same for all: scaling alone, and weight decay."""
+        return self.name.removeprefix("scale_by_").removesuffix("w")
+
+    @property
+    def traits(self):
+        """What a covering set of rows has each of: algorithms, in float32, and storage formats."""
+        found = {(name, self.takes(name)) for name in ("learning_rate", "weight_decay")}
+        found |= {("mu", self.mu_format or "float32"), ("nu", self.nu_format or "float32")}
+        return found if self.stochastic else found | {("algorithm", self.algorithm)}
+
+    @property
     def stochastic(self):
         """Whether what is stored is rounded stochastically, hence no smooth function."""
         return self.storage_error > 0
@@ -175,9 +187,7 @@ STORED_ROWS = ROWS + [
 # left to --full.
 _LAYOUTS = [
     "adamw",
-    "amsgrad",
     "adamax",
-    "scale_by_nadam",
     "average_params",
     "adam-bfloat16",
     "adamw-int8",

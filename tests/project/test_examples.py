@@ -221,6 +221,7 @@ def test_a_wrong_value_is_one_line(arguments, message, end_of):
     assert out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", ["_adam", "_convert", "_master_weights", "_sharding"])
 def test_docstrings(name):

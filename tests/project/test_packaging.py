@@ -150,6 +150,7 @@ def packages(statement):
     return modules - sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_importing_adam_jax_imports_little_beside_optax():
     beyond = packages("import adam_jax") - packages("import optax")
     assert "adam_jax" in beyond

@@ -108,6 +108,7 @@ def parse(page):
     return document
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```" in text])
 def test_python_runs(page):
