@@ -10,27 +10,30 @@ import numpy as np
 import peers
 import pytest
 
+ROOT = Path(__file__).parents[2]
 
-def tables(script):
-    """The tables that a benchmark prints when it runs with --small, as table[row][column]."""
+
+def printed(script, *options):
+    """The tables that a benchmark prints when it runs with --small, as rows of cells."""
     finished = subprocess.run(
-        [sys.executable, "-W", "error", Path(peers.__file__).parent / script, "--small"],
+        [sys.executable, "-W", "error", ROOT / "benchmarks" / script, "--small", *options],
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
+    blocks = [block.splitlines() for block in finished.stdout.split("\n\n")]
+    lines = [[line for line in block if line.startswith("|")] for block in blocks]
+    return [[line.strip("| ").split(" | ") for line in table] for table in lines if table]
+
+
+def tables(script):
+    """Those tables as table[row][column]."""
     found = []
-    for block in finished.stdout.split("\n\n"):
-        lines = [line.strip("| ").split(" | ") for line in block.splitlines() if line[0] == "|"]
-        if lines:
-            (_, *columns), _, *rows = lines
-            found.append(
-                {
-                    name: dict(zip(columns, map(float, numbers), strict=True))
-                    for name, *numbers in rows
-                }
-            )
+    for (_, *columns), _, *rows in printed(script):
+        found.append(
+            {name: dict(zip(columns, map(float, numbers), strict=True)) for name, *numbers in rows}
+        )
     return found
 
 
@@ -67,6 +70,20 @@ def test_bytes_are_those_of_the_formats_and_all_state_is_updated_in_place():
     assert smallest["arguments"] == pytest.approx(7 + 4 / 256, abs=0.03)
     assert table["adam, bfloat16 moments"]["arguments"] == pytest.approx(12, abs=0.002)
     assert table["optax.adam"]["arguments"] == pytest.approx(16, abs=0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "number"), [("speed.py", ["--rounds", "1"], 2), ("gpu.py", [], 3)]
+)
+def test_tables_of_times_come_out(script, options, number):
+    found = printed(script, *options)
+    assert len(found) == number
+    for header, _, *rows in found:
+        assert len(header) > 3
+        assert len(rows) > 4
+        for row in rows:
+            assert float(row[1]) >= 0, row  # a ratio, which may round to 0.00
 
 
 def group(*values, size=32):
