@@ -1,4 +1,4 @@
-"""The table of optimizers. Every contract test runs over all of its rows.
+"""The table of optimizers. Contract tests run over its rows, marked `covering` over some of them.
 
 A new optimizer is one more row: how to make it, and what it should do according to the paper.
 Contracts that concern what is stored run over `STORED_ROWS`, which adds `master_weights`.
