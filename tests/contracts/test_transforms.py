@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import gradients_of, moments_of, params_of, run_eagerly
+from contract import few_params_of, gradients_of, moments_of, run_eagerly
 from jax.sharding import Mesh, PartitionSpec
 from optimizers import each_row
 from trees import assert_close
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int
 
 @each_row
 def test_donated_step(row):
-    params = params_of()
+    params = few_params_of()
     gradients = gradients_of(params)
     optimizer = row.make()
 
@@ -42,7 +42,7 @@ def test_donated_step(row):
 
 @each_row
 def test_shard_map(row):
-    params = params_of()
+    params = few_params_of()
     gradients = gradients_of(params)
     optimizer = row.make()
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
@@ -59,7 +59,7 @@ def test_shard_map(row):
 
 @each_row
 def test_inside_cond_and_checkpoint(row):
-    params = params_of()
+    params = few_params_of()
     gradients = gradients_of(params)
     optimizer = row.make()
     state = optimizer.init(params)
