@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import optax
+from covering import cover
 from hlo import Program
 from optimizers import ROWS, Row
 
@@ -89,13 +90,7 @@ def covering(settings):
         parts = setting.row.algorithm, formats, setting.weights, setting.shape
         return {setting.row.name, *itertools.combinations(parts, 2)}
 
-    left = set().union(*map(pairs, settings))
-    chosen = []
-    while left:
-        best = max(settings, key=lambda setting: len(pairs(setting) & left))
-        chosen.append(best)
-        left -= pairs(best)
-    return chosen
+    return cover(settings, pairs)
 
 
 def faults(compiled, params, state, gradients_read_twice):
