@@ -1,14 +1,30 @@
-"""The arithmetic of a step for each element, counted in the compiled program.
+"""Counts the arithmetic of a step for each element, in the compiled program.
 
     python benchmarks/arithmetic.py
     python benchmarks/arithmetic.py --target h100
+    python benchmarks/arithmetic.py --sass
 
-Counted are the instructions on arrays of the leaf's own shape, in all of the compiled passes, so
-that what a backend computes twice counts twice. At 12 bytes per parameter an H200 (4.8 TB/s, 132
-multiprocessors of 128 lanes, 1.75 GHz) has time for some 75 instructions for each element before
-arithmetic and no longer memory sets the pace; for half as many if they are integer operations,
-comparisons and conversions, and for 10 of its special-function units (a square root, a division or
-an exponential is one or more). A TPU v5e is much alike.
+The first two count operations in XLA's optimized program, in all of its passes: those on arrays of
+the leaf's own shape. An operation that a backend computes twice counts twice.
+
+--sass counts the machine instructions that an H100 executes, in all of a step's kernels, the row
+maxima among them. Kernels for rows and scalars count too and come to almost nothing. This needs
+NVIDIA's compilers but no GPU: uv run --group compilers benchmarks/arithmetic.py --sass. For how
+it counts see sass.py. The kinds of instructions:
+
+    float       additions and multiplications of floating-point numbers
+    integer     integer arithmetic, shifts and logic; with these the compiler also moves values
+    comparison  comparisons, selects, minima and maxima
+    conversion  conversions between formats, and rounding to integers
+    special     approximate reciprocals, square roots, exponentials and so on
+    memory      loads and stores, of constants and shared memory too
+    other       moves, shuffles, barriers, exits
+
+At 12 bytes per parameter an H200 (4.8 TB/s, 132 multiprocessors of 128 lanes, 1.75 GHz) has time
+for some 75 instructions for each element before arithmetic and no longer memory sets the pace; for
+half as many if they are integer operations, comparisons and conversions, and for 10 of its
+special-function units (a square root, a division or an exponential is one or more). A TPU v5e is
+much alike.
 """
 
 import argparse
@@ -16,11 +32,13 @@ import collections
 import re
 
 import jax
+import sass
 from settings import Setting, settings
 from targets import compile_for, parse_target
 from tqdm import tqdm
 
 SHAPE = (4096, 4096)
+SASS = "h100, machine instructions"  # what --sass compiles for, instead of a --target
 KINDS = {
     "special": {"divide", "sqrt", "rsqrt", "exponential", "log", "power", "cbrt"},
     "multiply, add": {"add", "subtract", "multiply", "negate"},
@@ -34,10 +52,18 @@ INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
 
 
 def count(setting: Setting, target: str) -> collections.Counter[str]:
-    """The number of operations of each kind, apart for floating-point numbers and integers."""
+    """Counts the operations for each element, or with SASS the instructions, by kind."""
     leaf = jax.ShapeDtypeStruct(SHAPE, setting.dtype)
     state = jax.eval_shape(setting.init, [leaf])
-    text = compile_for(target, setting.jitted(), [leaf], state, [leaf]).as_text()
+    arguments = setting.jitted(), [leaf], state, [leaf]
+    if target == SASS:
+        kinds = sass.by_kind(sass.count(*arguments))
+        return collections.Counter({kind: kinds[kind] / leaf.size for kind in kinds})
+    return operations(compile_for(target, *arguments).as_text())
+
+
+def operations(text: str) -> collections.Counter[str]:
+    """Counts operations of each kind, apart for floating-point numbers and integers."""
     counts: collections.Counter[str] = collections.Counter()
     for dtype, shape, operation in INSTRUCTION.findall(text):
         if shape != ",".join(map(str, SHAPE)):
@@ -52,14 +78,27 @@ def count(setting: Setting, target: str) -> collections.Counter[str]:
 def main() -> None:
     """Compiles every setting and prints a table in markdown; progress goes to stderr."""
     parser = argparse.ArgumentParser(description="Counts a step's operations for each element.")
+    parser.add_argument(
+        "--sass",
+        dest="target",
+        action="store_const",
+        const=SASS,
+        default=argparse.SUPPRESS,
+        help="count machine instructions of an H100",
+    )
     target = parse_target(parser).target
-    columns = ["special", "multiply, add", "integer multiply, add", "other", "in all"]
+    if target == SASS:
+        title, columns = "instructions of an H100 per element", [*sass.KINDS, "other"]
+    else:
+        title = f"operations per element, compiled for {target}"
+        columns = ["special", "multiply, add", "integer multiply, add", "other"]
     rows = {name: count(setting, target) for name, setting in tqdm(settings().items())}
-    print(f"| operations per element, compiled for {target} | {' | '.join(columns)} |")
-    print("|---" * (1 + len(columns)) + "|")
+    print(f"| {title} | {' | '.join(columns)} | in all |")
+    print("|---" * (2 + len(columns)) + "|")
     for name, counts in rows.items():
-        counts["in all"] = counts.total()
-        print(f"| {name} | {' | '.join(str(counts[column]) for column in columns)} |")
+        numbers = [counts[column] for column in columns]
+        cells = [f"{round(number, 1):g}" for number in (*numbers, sum(numbers))]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -32,13 +32,16 @@ def parse_target(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def compile_for(target: str, function: Any, *args: Any) -> Any:
-    """The compiled program of a jitted function, for arguments given by shape and dtype."""
+def compile_for(target: str, function: Any, *args: Any, **options: Any) -> Any:
+    """The compiled program of a jitted function, for arguments given by shape and dtype.
+
+    Options are the compiler's, such as xla_dump_to.
+    """
     if target == HERE:
-        return function.lower(*args).compile()
+        return function.lower(*args).compile(options)
     sharding = NamedSharding(Mesh(np.array(devices(target)[:1]), ("x",)), PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    return function.trace(*args).lower(lowering_platforms=(PLATFORMS[target],)).compile()
+    return function.trace(*args).lower(lowering_platforms=(PLATFORMS[target],)).compile(options)
 
 
 def devices(target: str) -> list[Any]:
