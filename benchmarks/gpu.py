@@ -4,10 +4,11 @@
     uv run --with torch --with "jax[cuda13]" benchmarks/gpu.py
 
 Memory sets the pace of a step, so a copy says first how fast it is. Then each contestant gets a
-process of its own, in which its library takes the memory that it needs and no other library any.
-They step in turns, as many of them as the memory has room for; reported are medians over the
-rounds. torch's parameters are float32; where torch is not installed, times are compared with
-optax's. It takes seven and a half minutes on an H200. The columns:
+process of its own, in which its library takes the memory that it needs and no other library any. A
+first process compiles and ends. A second one loads what the first compiled, and is measured. They
+step in turns, as many of them as the memory has room for; reported are medians over the rounds.
+torch's parameters are float32; where torch is not installed, times are compared with optax's. It
+took seven and a half minutes on an H200 with a single process for each contestant. The columns:
 
 - bandwidth / a copy's: bytes moved per second, over those of the copy; in both, what is read and
   what is written. Moved are the bytes that no step can do without: parameters, gradients and state
@@ -17,8 +18,12 @@ optax's. It takes seven and a half minutes on an H200. The columns:
 - launch, ms: the time in which Python queues a single one on an idle GPU. If it is as long as the
   step, the GPU waits for Python. Between the other work of a training step that may not show;
 - bytes moved: per parameter;
-- peak bytes: per parameter, the most that the library's allocator had handed out at one time, so
-  with the gradients. On a CPU nobody counts.
+- peak bytes: per parameter, the most that the library's allocator had handed out at one time during
+  the steps, so with the gradients. JAX can't set its count back, and its compiler counts too: it
+  tries kernels on arrays of its own to see which one is fastest. A process that loads its programs
+  tries nothing, and the arrays that it makes before the first step are those of the step. JAX's
+  allocator counts whole blocks: one may be up to 128 MiB larger than its array. "-" is a CPU, where
+  nobody counts, or a process that had to compile after all, of which a warning tells.
 
 Where moments are rounded at random, a leaf has so many operations that the compiler takes some
 tenths of a second for it, and minutes for a thousand: those run in the settings of MANY_LEAVES
@@ -34,11 +39,14 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +64,9 @@ TORCH_ADAM = {TORCH: {"fused": True}, "torch, foreach": {"foreach": True}}  # ar
 MANY_LEAVES = [*TORCH_ADAM, OPTAX, PLAIN, "adam, bfloat16 moments", "adam, int8 moments"]
 ROUNDS = 7
 SECONDS = 0.2  # that a contestant's steps take in a round
+# What JAX reports: that it has a new program, compiled or loaded, and that it has loaded one.
+NEW_PROGRAM = "/jax/core/compile/backend_compile_duration"
+LOADED = "/jax/compilation_cache/cache_hits"
 
 
 class Machine(NamedTuple):
@@ -104,9 +115,14 @@ class Contestant:
         return None
 
 
-def one_process() -> ProcessPoolExecutor:
-    """A fresh process, which does one thing after the other."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+def one_process(folder: str | None = None) -> ProcessPoolExecutor:
+    """A fresh process, which does one thing after the other and keeps programs in the folder."""
+    return ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=keep_programs,
+        initargs=(folder,),
+    )
 
 
 def trees(small: bool) -> dict[str, Shapes]:
@@ -127,6 +143,20 @@ def elements(shapes: Shapes) -> int:
 # What runs in the contestants' processes.
 
 trainers: dict[str, Trainer] = {}  # those of this process, by name
+events: Counter[str] = Counter()  # how often JAX reported each one in this process
+
+
+def keep_programs(folder: str | None) -> None:
+    """Has JAX load its programs from the folder, keep there what it compiles, and count both."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+
+
+def count(event: str, *_: float, **__: Any) -> None:
+    """Counts an event."""
+    events[event] += 1
 
 
 def look_around(small: bool) -> Machine:
@@ -158,7 +188,11 @@ def sample(name: str, seconds: float) -> tuple[float, float]:
 
 
 def peak(name: str) -> int | None:
-    """The most bytes that a contestant took at one time."""
+    """The most bytes that a contestant took at one time; None if its process compiled anything."""
+    if compiled := events[NEW_PROGRAM] - events[LOADED]:
+        message = f"no peak of {name}: its process compiled {compiled} programs and loaded the rest"
+        warnings.warn(message, stacklevel=1)
+        return None
     return trainers[name].peak()
 
 
@@ -203,9 +237,11 @@ def with_jax(name: str, shapes: Shapes) -> Trainer:
     """One of the settings, its step jitted and donated."""
     setting = settings()[name]
     compiled = setting.jitted()
-    params, gradients = ([ripple(shape, setting.dtype) for shape in shapes] for _ in range(2))
+    params = [ripple(shape, setting.dtype) for shape in shapes]
     # Un-jitted, this would take more memory than a step: master_weights hands float32 weights on.
     carry = params, jax.jit(setting.init)(params)
+    # After the state: what else `init` may need finds room where the gradients will be.
+    gradients = [ripple(shape, setting.dtype) for shape in shapes]
 
     def step() -> None:
         nonlocal carry
@@ -250,12 +286,30 @@ def with_torch(name: str, shapes: Shapes, has_gpu: bool) -> Trainer:
 # What runs in the process that was started.
 
 
+@contextmanager
+def started(names: Sequence[str], has_gpu: bool, programs: str) -> Generator[list[Contestant]]:
+    """Contestants in fresh processes, which load the programs that those before them compiled.
+
+    Each process has a folder of its own, or it could read a file that another still writes.
+    """
+    # Without a GPU nobody counts memory, and one process for all is faster to start.
+    number = len(names) if has_gpu else 1
+    with ExitStack() as stack:
+        processes = [stack.enter_context(one_process(f"{programs}/{i}")) for i in range(number)]
+        yield list(map(Contestant, names, itertools.cycle(processes)))
+
+
+def get_ready(contestants: Sequence[Contestant], shapes: Shapes, has_gpu: bool) -> list[int]:
+    """Prepares all contestants at once, and returns the bytes that their steps move."""
+    with ThreadPoolExecutor(len(contestants)) as threads:
+        return list(threads.map(lambda one: one.ask(prepare, shapes, has_gpu), contestants))
+
+
 def race(
     contestants: Sequence[Contestant], shapes: Shapes, here: Machine, seconds: float, progress: tqdm
 ) -> dict[str, Result | Exception]:
     """What comes of each contestant on one tree: all get ready at once, then step in turns."""
-    with ThreadPoolExecutor(len(contestants)) as threads:
-        moved = list(threads.map(lambda one: one.ask(prepare, shapes, here.has_gpu), contestants))
+    moved = get_ready(contestants, shapes, here.has_gpu)
     samples = {contestant.name: [] for contestant in contestants}
     for _ in range(ROUNDS):
         for contestant in contestants:
@@ -277,19 +331,19 @@ def measure(
 ) -> dict[str, Result | Exception]:
     """The races on one tree, each of as many contestants as the memory has room for.
 
-    With fresh processes for each tree: JAX's count of the most memory it took can't be set back.
+    Processes are fresh for each tree and after compiling: JAX can't set its count of the most
+    memory back.
     """
     # Adam's 16 bytes per parameter; and as many for temporaries and what allocators keep in hand.
     at_once = max(1, int(min(here.memory / (2 * 16 * elements(shapes)), len(names))))
     results = {}
     for first in range(0, len(names), at_once):
         batch = names[first : first + at_once]
-        # Without a GPU nobody counts memory, and one process for all is faster to start.
-        with ExitStack() as stack:
-            count = len(batch) if here.has_gpu else 1
-            processes = [stack.enter_context(one_process()) for _ in range(count)]
-            contestants = list(map(Contestant, batch, itertools.cycle(processes)))
-            results |= race(contestants, shapes, here, 0.0 if small else SECONDS, progress)
+        with tempfile.TemporaryDirectory() as programs:
+            with started(batch, here.has_gpu, programs) as contestants:
+                get_ready(contestants, shapes, here.has_gpu)  # compiles
+            with started(batch, here.has_gpu, programs) as contestants:
+                results |= race(contestants, shapes, here, 0.0 if small else SECONDS, progress)
     return results
 
 
