@@ -2,82 +2,88 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
-from adam_jax._storage import Moment, Moments, storage_format
-from adam_jax._transformation import Algorithm, descend, scale_by
-from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
-
-
-class _Settings(NamedTuple):
-    b1: Decay
-    b2: Decay
-    eps: Scalar
-    eps_root: Scalar
+from adam_jax._codec import Moments
+from adam_jax._moments import Decay, abs_sq, bias_correction, decayed, sqrt
+from adam_jax._step import Algorithm
+from adam_jax._transformation import Variant, descend, scale_by, variant
+from adam_jax._types import (
+    Leaf,
+    LearningRate,
+    Mask,
+    RealLeaf,
+    Scalar,
+    StorageFormats,
+    WeightDecay,
+)
 
 
 class _Scalars(NamedTuple):
-    settings: _Settings
-    unbias_m: Scalar  # 1 / (1 - b1^t)
-    unbias_v: Scalar  # 1 / (1 - b2^t)
-    unbias_next_m: Scalar  # 1 / (1 - b1^(t+1)), for Nesterov's look ahead
+    """What all leaves have in common at a step.
+
+    The end of section 2 of the paper moves both bias corrections out of the leaf:
+    m^ / (sqrt(v^) + eps) is m scale / (sqrt(v) + eps root) with root = sqrt(1 - b2^t).
+    """
+
+    b1: Decay
+    b2: Decay
+    scale: Scalar  # root / (1 - b1^t)
+    next_scale: Scalar  # root / (1 - b1^(t+1)), for Nesterov's look ahead
+    eps: Scalar  # times root
+    eps_root: Scalar  # times root^2
 
 
-def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
+def _scalars(t: RealLeaf, b1: Decay, b2: Decay, eps: Scalar, eps_root: Scalar) -> _Scalars:
+    correction = bias_correction(b2, t)
+    root = jnp.sqrt(correction)
     return _Scalars(
-        settings=s,
-        unbias_m=1 / bias_correction(s.b1, t),
-        unbias_v=1 / bias_correction(s.b2, t),
-        unbias_next_m=1 / bias_correction(s.b1, t + 1),
+        b1=b1,
+        b2=b2,
+        scale=root / bias_correction(b1, t),
+        next_scale=root / bias_correction(b1, t + 1),
+        eps=eps * root,
+        eps_root=jnp.where(eps_root == 0, 0, eps_root * correction),
     )
 
 
 def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, v = moments
-    return decayed(m, g, s.settings.b1), decayed(v, abs_sq(g), s.settings.b2)
+    return decayed(m, g, s.b1), decayed(v, abs_sq(g), s.b2)
 
 
 def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, v = moments
-    return m * s.unbias_m / _denominator(v, s)
+    return m * s.scale / (sqrt(v + s.eps_root) + s.eps)
 
 
 def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, v = moments
-    b1 = s.settings.b1
-    m_hat = b1.b * (m * s.unbias_next_m) + b1.one_minus_b * (g * s.unbias_m)
-    return m_hat / _denominator(v, s)
+    m_hat = s.b1.b * (m * s.next_scale) + s.b1.one_minus_b * (g * s.scale)
+    return m_hat / (sqrt(v + s.eps_root) + s.eps)
 
 
-def _denominator(v: RealLeaf, s: _Scalars) -> RealLeaf:
-    return sqrt(v * s.unbias_v + s.settings.eps_root) + s.settings.eps
-
-
-def _algorithm(
+def _variant(
     b1: Scalar,
     b2: Scalar,
     eps: Scalar,
     eps_root: Scalar,
-    mu_dtype: StorageFormat,
-    nu_dtype: StorageFormat,
+    mu_dtype: StorageFormats,
+    nu_dtype: StorageFormats,
     nesterov: bool,
-) -> Algorithm:
+) -> Variant:
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
-    return Algorithm(
+    return variant(
+        Algorithm(_scalars, _advance, _nesterov_direction if nesterov else _direction),
+        {"b1": Decay.of(b1), "b2": Decay.of(b2), "eps": eps, "eps_root": eps_root},
         state=optax.ScaleByAdamState,
-        moments={
-            "mu": Moment(storage_format("mu_dtype", mu_dtype), real=False),
-            "nu": Moment(storage_format("nu_dtype", nu_dtype), real=True),
-        },
-        settings=_Settings(decay(b1), decay(b2), eps, eps_root),
-        scalars=_scalars,
-        advance=_advance,
-        direction=_nesterov_direction if nesterov else _direction,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
     )
 
 
@@ -86,8 +92,8 @@ def scale_by_adam(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
-    nu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
+    nu_dtype: StorageFormats = None,
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -121,7 +127,7 @@ def scale_by_adam(
         ValueError: as `adam`.
         TypeError: as `adam`.
     """
-    return scale_by(_algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov))
+    return scale_by(_variant(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov))
 
 
 def adam(
@@ -130,8 +136,8 @@ def adam(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
-    nu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
+    nu_dtype: StorageFormats = None,
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -190,8 +196,7 @@ def adam(
         >>> optax.apply_updates(params, updates)
         Array([ 0.9, -1.9], dtype=float32)
     """
-    algorithm = _algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov)
-    return descend(algorithm, learning_rate)
+    return descend(_variant(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov), learning_rate)
 
 
 def adamw(
@@ -200,11 +205,11 @@ def adamw(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
     weight_decay: WeightDecay = 1e-4,
     mask: Mask | None = None,
     *,
-    nu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormats = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with decoupled weight decay, [Loshchilov and Hutter](https://arxiv.org/abs/1711.05101).
@@ -234,8 +239,12 @@ def adamw(
         ValueError: as `adam`; and in `update` when called without parameters.
         TypeError: as `adam`.
     """
-    algorithm = _algorithm(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov)
-    return descend(algorithm, learning_rate, weight_decay, mask)
+    return descend(
+        _variant(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
 
 
 def nadam(
@@ -244,8 +253,8 @@ def nadam(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
-    nu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """NAdam, [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
 
@@ -266,11 +275,11 @@ def nadamw(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
     weight_decay: WeightDecay = 1e-4,
     mask: Mask | None = None,
     *,
-    nu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """NAdam with decoupled weight decay: `adamw` with `nesterov=True`.
 

@@ -6,37 +6,41 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_decay, check_not_negative
-from adam_jax._moments import Decay, bias_correction, decay, decayed
-from adam_jax._storage import Moment, Moments, storage_format
-from adam_jax._transformation import Algorithm, descend, scale_by
-from adam_jax._types import Leaf, LearningRate, Mask, RealLeaf, Scalar, StorageFormat, WeightDecay
-
-_NO_MU_UNIT = "mu in int8 counts in square roots of a second raw moment, which AdaMax does not have"
-_MAXIMUM = (
-    "u is a maximum over time, and a maximum of numbers rounded at random keeps the largest "
-    "rounding error, so that steps would be too short"
+from adam_jax._codec import Moments
+from adam_jax._moments import Decay, bias_correction, decayed
+from adam_jax._step import Algorithm
+from adam_jax._storage import MAXIMUM
+from adam_jax._transformation import Variant, descend, scale_by, variant
+from adam_jax._types import (
+    Leaf,
+    LearningRate,
+    Mask,
+    RealLeaf,
+    Scalar,
+    StorageFormats,
+    WeightDecay,
 )
 
-
-class _Settings(NamedTuple):
-    b1: Decay
-    b2: Decay
-    eps: Scalar
+_NO_MU_UNIT = "mu in int8 counts in square roots of a second raw moment, which AdaMax does not have"
 
 
 class _Scalars(NamedTuple):
-    settings: _Settings
+    """What all leaves have in common at a step."""
+
+    b1: Decay
+    b2: Decay
+    eps: Scalar
     unbias_m: Scalar  # 1 / (1 - b1^t)
 
 
-def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
-    return _Scalars(settings=s, unbias_m=1 / bias_correction(s.b1, t))
+def _scalars(t: RealLeaf, b1: Decay, b2: Decay, eps: Scalar) -> _Scalars:
+    return _Scalars(b1=b1, b2=b2, eps=eps, unbias_m=1 / bias_correction(b1, t))
 
 
 def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, u = moments
-    b1, b2, eps = s.settings
-    return decayed(m, g, b1), jnp.maximum(u - b2.one_minus_b * u, jnp.abs(g) + eps)
+    u = jnp.maximum(u - s.b2.one_minus_b * u, jnp.abs(g) + s.eps)
+    return decayed(m, g, s.b1), u
 
 
 def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
@@ -46,22 +50,20 @@ def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     return jnp.where(still, 0, m * s.unbias_m / jnp.where(still, 1, u))
 
 
-def _algorithm(
-    b1: Scalar, b2: Scalar, eps: Scalar, mu_dtype: StorageFormat, nu_dtype: StorageFormat
-) -> Algorithm:
+def _variant(
+    b1: Scalar, b2: Scalar, eps: Scalar, mu_dtype: StorageFormats, nu_dtype: StorageFormats
+) -> Variant:
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
-    return Algorithm(
+    return variant(
+        Algorithm(_scalars, _advance, _direction),
+        {"b1": Decay.of(b1), "b2": Decay.of(b2), "eps": eps},
         state=optax.ScaleByAdamState,
-        moments={
-            "mu": Moment(storage_format("mu_dtype", mu_dtype, not_int8=_NO_MU_UNIT), real=False),
-            "nu": Moment(storage_format("nu_dtype", nu_dtype, not_int8=_MAXIMUM), real=True),
-        },
-        settings=_Settings(decay(b1), decay(b2), eps),
-        scalars=_scalars,
-        advance=_advance,
-        direction=_direction,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        mu_not_int8=_NO_MU_UNIT,
+        nu_not_int8=f"u {MAXIMUM}",
     )
 
 
@@ -70,8 +72,8 @@ def scale_by_adamax(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     *,
-    mu_dtype: StorageFormat = None,
-    nu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax's direction m^ / u, with neither sign nor learning rate.
 
@@ -79,7 +81,7 @@ def scale_by_adamax(
     `optax.ScaleByAdamState`, as in `scale_by_adam`, with u for `nu`: `mu` and `nu` are shaped
     like the parameters, float32, or bfloat16 where that is asked for.
     """
-    return scale_by(_algorithm(b1, b2, eps, mu_dtype, nu_dtype))
+    return scale_by(_variant(b1, b2, eps, mu_dtype, nu_dtype))
 
 
 def adamax(
@@ -88,8 +90,8 @@ def adamax(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     *,
-    mu_dtype: StorageFormat = None,
-    nu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax, Algorithm 2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
 
@@ -123,7 +125,7 @@ def adamax(
         ValueError: as `adam`.
         TypeError: as `adam`.
     """
-    return descend(_algorithm(b1, b2, eps, mu_dtype, nu_dtype), learning_rate)
+    return descend(_variant(b1, b2, eps, mu_dtype, nu_dtype), learning_rate)
 
 
 def adamaxw(
@@ -134,8 +136,8 @@ def adamaxw(
     weight_decay: WeightDecay = 1e-4,
     mask: Mask | None = None,
     *,
-    mu_dtype: StorageFormat = None,
-    nu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax with decoupled weight decay.
 
@@ -144,4 +146,4 @@ def adamaxw(
     `weight_decay` and `mask` are those of `adamw`, the other arguments, the state, dtypes and
     errors those of `adamax`. `update` needs the parameters theta.
     """
-    return descend(_algorithm(b1, b2, eps, mu_dtype, nu_dtype), learning_rate, weight_decay, mask)
+    return descend(_variant(b1, b2, eps, mu_dtype, nu_dtype), learning_rate, weight_decay, mask)

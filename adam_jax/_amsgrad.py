@@ -6,97 +6,92 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_choice, check_decay, check_not_negative
-from adam_jax._moments import Decay, abs_sq, bias_correction, decay, decayed, sqrt
-from adam_jax._storage import Moment, Moments, storage_format
-from adam_jax._transformation import Algorithm, descend, scale_by
-from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormat
+from adam_jax._codec import Moments
+from adam_jax._moments import Decay, abs_sq, bias_correction, decayed, sqrt
+from adam_jax._step import Algorithm
+from adam_jax._storage import MAXIMUM
+from adam_jax._transformation import Variant, descend, scale_by, variant
+from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormats
 
 Maximum = Literal["raw", "corrected"]
 
 
-NU_MAX_IS_A_MAXIMUM = (
-    "nu_max is a maximum over time, and a maximum of numbers rounded at random keeps the largest "
-    "rounding error, so that steps would be too short for good"
-)
+class _Scalars(NamedTuple):
+    """What all leaves have in common at a step; root = sqrt(1 - b2^t), or 1."""
 
-
-class _Settings(NamedTuple):
     b1: Decay
     b2: Decay
-    eps: Scalar
-    eps_root: Scalar
-    correct_mu: bool
-    correct_before: bool  # whether v is bias-corrected before the maximum is taken
-    correct_after: bool  # or after
+    before: Scalar  # by which v is multiplied before the maximum is taken
+    scale: Scalar  # root / (1 - b1^t)
+    eps: Scalar  # times root
+    eps_root: Scalar  # times root^2
 
 
-class _Scalars(NamedTuple):
-    settings: _Settings
-    unbias_m: Scalar
-    before: Scalar
-    after: Scalar
-
-
-def _scalars(s: _Settings, t: RealLeaf) -> _Scalars:
-    unbias_v = 1 / bias_correction(s.b2, t)
+def _scalars(
+    t: RealLeaf,
+    b1: Decay,
+    b2: Decay,
+    eps: Scalar,
+    eps_root: Scalar,
+    correct_mu: bool,
+    correct_before: bool,
+    correct_after: bool,
+) -> _Scalars:
+    correction = bias_correction(b2, t)
+    after = jnp.where(correct_after, correction, 1)
+    root = jnp.sqrt(after)
     return _Scalars(
-        settings=s,
-        unbias_m=jnp.where(s.correct_mu, 1 / bias_correction(s.b1, t), 1),
-        before=jnp.where(s.correct_before, unbias_v, 1),
-        after=jnp.where(s.correct_after, unbias_v, 1),
+        b1=b1,
+        b2=b2,
+        before=jnp.where(correct_before, 1 / correction, 1),
+        scale=root / jnp.where(correct_mu, bias_correction(b1, t), 1),
+        eps=eps * root,
+        eps_root=jnp.where(eps_root == 0, 0, eps_root * after),
     )
 
 
 def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, v, v_max = moments
-    m = decayed(m, g, s.settings.b1)
-    v = decayed(v, abs_sq(g), s.settings.b2)
-    return m, v, jnp.maximum(v_max, v * s.before)
+    v = decayed(v, abs_sq(g), s.b2)
+    return decayed(m, g, s.b1), v, jnp.maximum(v_max, v * s.before)
 
 
 def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, _, v_max = moments
-    v_hat = v_max * s.after
-    return m * s.unbias_m / (sqrt(v_hat + s.settings.eps_root) + s.settings.eps)
+    return m * s.scale / (sqrt(v_max + s.eps_root) + s.eps)
 
 
-def _algorithm(
+def _variant(
     b1: Scalar,
     b2: Scalar,
     eps: Scalar,
     eps_root: Scalar,
-    mu_dtype: StorageFormat,
+    mu_dtype: StorageFormats,
+    nu_dtype: StorageFormats,
     bias_correction_mu: bool,
     bias_correction_nu: bool,
     maximum: Maximum,
-    nu_dtype: StorageFormat,
-) -> Algorithm:
+) -> Variant:
     check_decay("b1", b1)
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
     check_choice("maximum", maximum, ("raw", "corrected"))
-    nu = Moment(storage_format("nu_dtype", nu_dtype, not_int8=NU_MAX_IS_A_MAXIMUM), real=True)
-    corrected = maximum == "corrected"
-    return Algorithm(
-        state=optax.ScaleByAmsgradState,
-        moments={
-            "mu": Moment(storage_format("mu_dtype", mu_dtype), real=False),
-            "nu": nu,
-            "nu_max": nu,
+    return variant(
+        Algorithm(_scalars, _advance, _direction),
+        {
+            "b1": Decay.of(b1),
+            "b2": Decay.of(b2),
+            "eps": eps,
+            "eps_root": eps_root,
+            "correct_mu": bias_correction_mu,
+            "correct_before": bias_correction_nu and maximum == "corrected",
+            "correct_after": bias_correction_nu and maximum == "raw",
         },
-        settings=_Settings(
-            b1=decay(b1),
-            b2=decay(b2),
-            eps=eps,
-            eps_root=eps_root,
-            correct_mu=bias_correction_mu,
-            correct_before=bias_correction_nu and corrected,
-            correct_after=bias_correction_nu and not corrected,
-        ),
-        scalars=_scalars,
-        advance=_advance,
-        direction=_direction,
+        state=optax.ScaleByAmsgradState,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        nu_not_int8=f"nu_max {MAXIMUM}",
     )
 
 
@@ -105,12 +100,12 @@ def scale_by_amsgrad(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     maximum: Maximum = "raw",
-    nu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad's direction, with neither sign nor learning rate.
 
@@ -119,16 +114,16 @@ def scale_by_amsgrad(
     like `nu` and holds v_max.
     """
     return scale_by(
-        _algorithm(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            bias_correction_mu,
-            bias_correction_nu,
-            maximum,
-            nu_dtype,
+        _variant(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+            bias_correction_mu=bias_correction_mu,
+            bias_correction_nu=bias_correction_nu,
+            maximum=maximum,
         )
     )
 
@@ -139,12 +134,12 @@ def amsgrad(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: StorageFormat = None,
+    mu_dtype: StorageFormats = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     maximum: Maximum = "raw",
-    nu_dtype: StorageFormat = None,
+    nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad, after [Reddi, Kale and Kumar (2018)](https://arxiv.org/abs/1904.09237).
 
@@ -180,16 +175,16 @@ def amsgrad(
         TypeError: as `adam`.
     """
     return descend(
-        _algorithm(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            bias_correction_mu,
-            bias_correction_nu,
-            maximum,
-            nu_dtype,
+        _variant(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+            bias_correction_mu=bias_correction_mu,
+            bias_correction_nu=bias_correction_nu,
+            maximum=maximum,
         ),
         learning_rate,
     )

@@ -9,14 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import _storage
-from adam_jax._checks import check_decay, check_leaves, check_state, only_state
-from adam_jax._moments import Decay, bias_correction, decayed
-from adam_jax._moments import decay as prepare
+from adam_jax._checks import check_decay, check_leaves, check_state
+from adam_jax._moments import Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
+from adam_jax._state import only_state
 from adam_jax._types import Leaf, RealLeaf, Scalar
-
-_PLAIN = _storage.Moment(format=None, real=False)
 
 
 class AverageParamsState(NamedTuple):
@@ -63,14 +60,16 @@ def average_params(
     """
     check_decay("decay", decay)
     inner = optax.with_extra_args_support(inner)
-    b = prepare(decay)
+    b = Decay.of(decay)
 
     def init(params: optax.Params) -> AverageParamsState:
         check_leaves("parameter", params)
         return AverageParamsState(
             count=jnp.zeros([], jnp.int32),
             weight=jnp.zeros([], jnp.float32),
-            average=jax.tree.map(lambda p: _storage.zeros(_PLAIN, p), params),
+            average=jax.tree.map(
+                lambda p: jnp.zeros_like(p, arithmetic_dtype(jnp.result_type(p))), params
+            ),
             inner_state=inner.init(params),
         )
 

@@ -5,24 +5,23 @@ hyperparameters are tracers, and a traced value has no range to compare with.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
+from adam_jax._codec import Stored
+from adam_jax._storage import Int8Moment, stores
 from adam_jax._types import KeyPath, Scalar
-
-T = TypeVar("T")
-WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
 
 
 def check_decay(name: str, b: Scalar) -> None:
     """Raises ValueError unless 0 <= b < 1 (a bfloat16 or float16 b may have rounded to 1)."""
     _check_scalar(name, b)
-    # `optax.inject_hyperparams` rounds to the parameters' dtype: see `_moments.decay`.
+    # `optax.inject_hyperparams` rounds to the parameters' dtype: see `_moments.Decay`.
     rounded = isinstance(b, jax.Array) and jnp.finfo(b.dtype).bits < 32
     # As a number: under jit, what is compared with an array is a tracer, whatever the array is.
     if _is_concrete(b) and not (0 <= float(b) < 1 or (rounded and float(b) == 1)):
@@ -79,13 +78,18 @@ def _check_inexact(what: str, path: Callable[[], KeyPath], leaf: Any) -> None:
 def check_leaf(
     path: Callable[[], KeyPath],
     gradient: Any,
-    stored: Sequence[Any],
+    stored: Stored,
     names: Sequence[str],
+    mu_format: str | None,
+    nu_format: str | None,
 ) -> None:
-    """Checks that a gradient leaf and what is stored for it belong to one parameter."""
+    """Checks that a gradient leaf and what is stored for it belong to one parameter.
+
+    `names` are those of the moments, and the formats are those that the optimizer stores them in.
+    """
     _check_inexact("gradient", path, gradient)
-    arrays = [getattr(leaf, "codes", leaf) for leaf in stored]
-    for name, moment in zip(names, arrays, strict=True):
+    moments = dict(zip(names, (stored.mu, stored.nu, *stored.others), strict=True))
+    for name, moment in moments.items():
         if not hasattr(moment, "dtype"):
             raise ValueError(
                 f"gradient {keystr(path())} is an array, but state.{name} there is "
@@ -97,21 +101,60 @@ def check_leaf(
                 f"gradient {keystr(path())} has shape {np.shape(gradient)}, but state.{name} "
                 f"there has shape {np.shape(moment)}. A gradient has its parameter's shape."
             )
-    for name, leaf in zip(names, stored, strict=True):
-        if hasattr(leaf, "scales"):
-            rows = (*np.shape(gradient)[:-1], 1) if leaf.codes.dtype == np.uint8 else ()
-            if np.shape(leaf.scales) != rows:
-                raise ValueError(
-                    f"state.{name}.scales{keystr(path())} has shape {np.shape(leaf.scales)}, where "
-                    f"gradient and codes have one scale a row, shape {rows}. Pass the state of "
-                    "init, or of its checkpoint."
-                )
-    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(arrays[0]):
+        format = mu_format if name == "mu" else nu_format
+        if not stores(moment, format, code=np.int8 if name == "mu" else np.uint8):
+            raise _another_format(name, moment.dtype, format, jax.tree_util.keystr(path()))
+    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(stored.mu):
         raise TypeError(
-            f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but state.{names[0]} there "
-            f"has dtype {_dtype(arrays[0])}. A gradient is complex where its parameter is, and "
+            f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but state.mu there "
+            f"has dtype {_dtype(stored.mu)}. A gradient is complex where its parameter is, and "
             "only there."
         )
+    nu_is_coded = stored.nu.dtype == np.uint8
+    coded = {"scales": nu_is_coded, "units": nu_is_coded or stored.mu.dtype == np.int8}
+    for (name, is_coded), rows in zip(coded.items(), stored.rows, strict=True):
+        shape = (*np.shape(gradient)[:-1], 1) if is_coded else ()
+        if rows is not None and (np.shape(rows) != shape or rows.dtype != np.float32):
+            raise ValueError(
+                f"state.nu.{name}{jax.tree_util.keystr(path())} has shape {np.shape(rows)} and "
+                f"dtype {_dtype(rows)}, where gradient and codes have one float32 for each row, "
+                f"shape {shape}. Pass the state of init, or of its checkpoint."
+            )
+
+
+def check_moments(path: Callable[[], KeyPath], stored: Stored, names: Sequence[str]) -> None:
+    """Raises TypeError unless each moment of a leaf is in one of the formats."""
+    for name, moment in zip(names, (stored.mu, stored.nu, *stored.others), strict=True):
+        code = np.int8 if name == "mu" else np.uint8
+        if not jnp.issubdtype(moment.dtype, jnp.inexact) and moment.dtype != code:
+            raise TypeError(
+                f"state.{name}{jax.tree_util.keystr(path())} has dtype {moment.dtype}, in which "
+                "no moment is stored. Pass the state of init, or of its checkpoint."
+            )
+
+
+def check_struct(nu: Any, *, mu_int8: bool, nu_int8: bool) -> None:
+    """Raises ValueError unless nu is an `Int8Moment` where a moment may be in int8."""
+    is_struct = isinstance(nu, Int8Moment)
+    if is_struct == (mu_int8 or nu_int8):
+        return
+    dtypes = {x.dtype for x in jax.tree.leaves(nu[0] if is_struct else nu) if hasattr(x, "dtype")}
+    if is_struct:
+        name = "nu" if np.dtype(np.uint8) in dtypes else "mu"
+        raise _another_format(name, np.dtype(np.uint8), None, "")
+    found = min(dtypes, default=np.dtype(np.float32), key=str)
+    raise _another_format("nu" if nu_int8 else "mu", found, "int8", "")
+
+
+def _another_format(name: str, dtype: Any, requested: str | None, path: str) -> ValueError:
+    requested = requested or "float32"
+    argument = "nu_dtype" if name == "nu_max" else f"{name}_dtype"
+    found = "int8" if dtype == np.uint8 else str(dtype)
+    return ValueError(
+        f"state.{name}{path} is stored in {found}, but this optimizer stores it in {requested}. "
+        f"Make the optimizer with {argument}={found!r}, or convert the state with "
+        "adam_jax.convert_state."
+    )
 
 
 def check_param(path: Callable[[], KeyPath], gradient: Any, param: Any) -> None:
@@ -129,7 +172,15 @@ def check_param(path: Callable[[], KeyPath], gradient: Any, param: Any) -> None:
         )
 
 
-def check_remainder(path: Callable[[], KeyPath], param: Any, remainder: Any, *, low: bool) -> None:
+def check_remainder(
+    path: Callable[[], KeyPath],
+    param: Any,
+    remainder: Any,
+    requested: str,
+    dtype: DTypeLike,
+    *,
+    low: bool,
+) -> None:
     """Checks that a remainder belongs to a parameter, which is `low` if it is in 16 bits."""
     if low and np.shape(remainder) != np.shape(param):
         raise ValueError(
@@ -142,6 +193,18 @@ def check_remainder(path: Callable[[], KeyPath], param: Any, remainder: Any, *, 
             "a parameter in 16 bits. Add the updates with optax.apply_updates, which keeps the "
             "parameters' dtype."
         )
+    if low and remainder.dtype != dtype:
+        raise another_remainder(requested, remainder.dtype, jax.tree_util.keystr(path()))
+
+
+def another_remainder(requested: str, found: Any, path: str = "") -> ValueError:
+    """Returns the error for a remainder in another format than the optimizer's."""
+    found = found or "none"
+    return ValueError(
+        f"state.remainder{path} is stored in {found}, but this optimizer stores it in {requested}. "
+        f"Make the optimizer with remainder={str(found)!r}, or convert parameters and state with "
+        "adam_jax.convert_remainder."
+    )
 
 
 def check_state(kind: type[Any], state: Any) -> None:
@@ -154,55 +217,13 @@ def check_state(kind: type[Any], state: Any) -> None:
         )
 
 
-def check_format(name: str, requested: str | None, found: str | None) -> None:
-    """Raises ValueError if the state stores a moment in another format than the optimizer."""
-    requested, found = requested or "float32", found or "float32"
-    if found != requested:
-        raise ValueError(
-            f"state.{name} is stored in {found}, but this optimizer stores it in {requested}. "
-            f"Make the optimizer with {name}_dtype={found!r}, or convert the state with "
-            "adam_jax.convert_state."
-        )
-
-
-def check_real(format: str, params: Any) -> None:
+def check_real(path: Callable[[], KeyPath], param: Any, format: str | None) -> None:
     """Raises TypeError if a parameter is complex: mu would be, and `format` has no such numbers."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"parameter {keystr(path)} has dtype {_dtype(leaf)}, and mu_dtype={format!r} holds "
-                "real numbers only. Use mu_dtype='float32', or optax.multi_transform to store the "
-                "moments of complex parameters in another format."
-            )
-
-
-def states_of(kind: type[T], state: Any) -> list[T]:
-    """All states of this kind in an optimizer's state, at any depth."""
-    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
-    return list(filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))
-
-
-def states_with_moments(state: Any) -> list[Any]:
-    """Those of `scale_by_adam`, `scale_by_amsgrad` and `scale_by_adamax`, or a ValueError."""
-    found = [x for kind in WITH_MOMENTS for x in states_of(kind, state)]
-    if not found:
-        raise ValueError(
-            f"found no state of scale_by_adam, scale_by_amsgrad or scale_by_adamax in "
-            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
-            "restore it onto a state from init."
+    if format in ("bfloat16", "int8") and jnp.iscomplexobj(param):
+        raise TypeError(
+            f"parameter {keystr(path())} has dtype {_dtype(param)}, and mu_dtype={format!r} holds "
+            "real numbers only. Use mu_dtype='float32' for it: mu_dtype may be a tree of formats."
         )
-    return found
-
-
-def only_state(kind: type[T], wrapper: str, state: Any) -> T:
-    """The state of this kind in an optimizer's state, or a ValueError unless there is just one."""
-    found = states_of(kind, state)
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one {wrapper} state, found {len(found)} in {type(state).__name__}. Pass "
-            f"the state of an optimizer that {wrapper} wraps."
-        )
-    return found[0]
 
 
 def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[Any]:

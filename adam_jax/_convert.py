@@ -1,29 +1,39 @@
 """Moving a running training from one storage format to another."""
 
-from typing import Any, cast
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax import _storage
-from adam_jax._amsgrad import NU_MAX_IS_A_MAXIMUM
-from adam_jax._checks import WITH_MOMENTS, only_state, states_with_moments
+from adam_jax._checks import check_moments, check_real, leaf_path
+from adam_jax._codec import Codec, Draw, Moments, Rows, Stored, codec_of, unit_of_mu
 from adam_jax._master_weights import (
     MasterWeightsState,
     load_master_params,
     master_params,
     no_remainders,
-    replaced_state,
 )
-from adam_jax._moments import real_dtype
-from adam_jax._storage import Draw, Moment, Moments, Stored
-from adam_jax._types import StorageFormat
+from adam_jax._moments import Decay, arithmetic_dtype, real_dtype, sqrt
+from adam_jax._state import (
+    WITH_MOMENTS,
+    is_none,
+    leaves_of,
+    map_states,
+    only_state,
+    per_leaf,
+    states_with_moments,
+    unboxed,
+    with_leaves,
+)
+from adam_jax._storage import MAXIMUM, initial, storage_formats
+from adam_jax._types import RealLeaf, StorageFormats, Word
 
 
 def convert_state(
-    state: Any, mu_dtype: StorageFormat = None, nu_dtype: StorageFormat = None
+    state: Any, mu_dtype: StorageFormats = None, nu_dtype: StorageFormats = None
 ) -> Any:
     """The same optimizer state with its moments stored in other formats.
 
@@ -54,12 +64,8 @@ def convert_state(
         >>> state[0].mu.dtype
         dtype('int8')
     """
-    mu = Moment(_storage.storage_format("mu_dtype", mu_dtype), real=False)
-    nu = Moment(_storage.storage_format("nu_dtype", nu_dtype), real=True)
     states_with_moments(state)  # there must be one
-    return jax.tree.map(
-        lambda x: converted(x, mu, nu) if has_moments(x) else x, state, is_leaf=has_moments
-    )
+    return map_states(lambda x: _converted(x, mu_dtype, nu_dtype), WITH_MOMENTS, state)
 
 
 def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple[optax.Params, Any]:
@@ -90,45 +96,85 @@ def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple
     """
     old = only_state(MasterWeightsState, "master_weights", state)
     new = old._replace(remainder=no_remainders(params, remainder))
-    return load_master_params(master_params(params, state), params, replaced_state(state, new))
+    state_without = map_states(lambda _: new, MasterWeightsState, state)
+    return load_master_params(master_params(params, state), params, state_without)
 
 
-def has_moments(x: Any) -> bool:
-    """Whether this is a state of `scale_by_adam`, `scale_by_amsgrad` or `scale_by_adamax`."""
-    return isinstance(x, WITH_MOMENTS)
-
-
-def converted(state: Any, mu: Moment, nu: Moment) -> Any:
-    """One state that has moments, with these in other formats."""
-    if isinstance(state, optax.ScaleByAmsgradState):
-        _storage.storage_format("nu_dtype", nu.format, not_int8=NU_MAX_IS_A_MAXIMUM)
-    treedef, count = jax.tree.structure(state.mu), jnp.asarray(state.count)
-    moments = {name: mu if name == "mu" else nu for name in state._fields if name != "count"}
-    columns = [
-        _storage.to_leaves(getattr(state, name), lambda tree, _: treedef.flatten_up_to(tree))
-        for name in moments
-    ]
+def _converted(state: Any, mu_dtype: StorageFormats, nu_dtype: StorageFormats) -> Any:
+    """Returns one state that has moments, with these in other formats."""
+    is_amsgrad = isinstance(state, optax.ScaleByAmsgradState)
+    not_int8 = f"nu_max {MAXIMUM}" if is_amsgrad else None
+    mu_formats = per_leaf(
+        "mu_dtype", storage_formats("mu_dtype", mu_dtype), state.mu, none_is_a_value=True
+    )
+    nu_formats = per_leaf(
+        "nu_dtype",
+        storage_formats("nu_dtype", nu_dtype, not_int8=not_int8),
+        state.mu,
+        none_is_a_value=True,
+    )
+    mu_leaves, treedef = jax.tree.flatten(state.mu, is_leaf=is_none)
+    plain = jax.tree.structure(unboxed(state.mu), is_leaf=is_none)
+    stored = leaves_of(
+        state,
+        lambda tree, _, without_boxes: (plain if without_boxes else treedef).flatten_up_to(tree),
+    )
     leaves = []
-    for i, stored in enumerate(zip(*columns, strict=True)):
-        numbers = _storage.load(stored, jnp.float32, count)
-        # optax has a complex nu for a complex parameter, with imaginary parts of 0.
-        pairs = zip(moments.values(), numbers, strict=True)
-        numbers = cast(Moments, tuple(x.real if moment.real else x for moment, x in pairs))
-        like = cast(Stored, tuple(map(_storage.zeros, moments.values(), numbers)))
-        if _dtypes(like) == _dtypes(stored):
-            leaves.append(stored)  # encoded anew, a number may become its neighbour
-            continue
-        scale = None
-        if _storage.scale_of(like, real_dtype(numbers[0].dtype)) is not None:
-            scale = jnp.max(numbers[1], axis=-1, keepdims=True)
-        encoded, _ = _storage.encode(numbers, like, scale, Draw(np.uint32(i), count))
-        leaves.append(_storage.unpack(encoded, like, scale))
-    trees = {
-        name: _storage.to_tree([leaf[k] for leaf in leaves], treedef.unflatten, moment)
-        for k, (name, moment) in enumerate(moments.items())
-    }
-    return state._replace(**trees)
+    for i, leaf in enumerate(stored):
+        if mu_leaves[i] is not None:
+            path = functools.partial(leaf_path, state.mu, i)
+            check_moments(path, leaf, state._fields[1:])
+            check_real(path, leaf.mu, mu_formats[i])
+            draw = Draw(np.uint32(i), jnp.asarray(state.count))
+            leaf = _converted_leaf(leaf, mu_formats[i], nu_formats[i], draw)
+        leaves.append(leaf)
+    int8 = "int8" in [*mu_formats, *nu_formats]
+    return with_leaves(state, leaves, treedef, plain, int8=int8)
 
 
-def _dtypes(stored: Stored) -> list[Any]:
-    return [x.dtype for x in jax.tree.leaves(stored)]
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _converted_leaf(stored: Stored, mu: str | None, nu: str | None, draw: Draw) -> Stored:
+    # optax has a complex nu for a complex parameter, with imaginary parts of 0.
+    others = tuple(x.real for x in stored.others)
+    stored = stored._replace(nu=stored.nu.real, others=others)
+    codec = codec_of(stored)
+    dtype = real_dtype(arithmetic_dtype(*codec.float_dtypes, np.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        numbers = codec.read(stored, dtype)
+    like = initial(numbers[0], mu, nu, len(others))
+    if codec_of(like) == codec:  # encoded anew, a number might become its neighbour
+        return stored if stored.rows.unit is not None else stored._replace(rows=like.rows)
+    return written(numbers, like, draw)
+
+
+@jax.jit
+def written(numbers: Moments, like: Stored, draw: Draw) -> Stored:
+    """Returns the moments of one leaf as numbers in the format of another leaf."""
+    codec = codec_of(like)
+    m, v, *others = numbers
+    with jax.numpy_dtype_promotion("standard"):
+        narrowest = min(codec.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+        # The ratio of the moments is what counts where they are too large for a narrower dtype.
+        limit = np.array(jnp.finfo(narrowest).max / 4, v.dtype)
+        factor = jnp.sqrt(limit / jnp.maximum(v, limit))
+        m, v, *others = m * factor, *(jnp.minimum(x, limit) for x in (v, *others))
+        rows = like.rows
+        if codec.coded:
+            rows = _rows(codec, m, v, rows, draw.step)
+        return codec.write((m, v, *others), like, rows, draw)[0]
+
+
+def _rows(codec: Codec, m: RealLeaf, v: RealLeaf, like: Rows, step: Word) -> Rows:
+    """Returns scales and units with which nothing is cut off."""
+    t = jnp.maximum(step, 1).astype(v.dtype)
+    unit = unit_of_mu(Decay.of(0.9), Decay.of(0.999), t)
+    scale = root = jnp.ones((), v.dtype)
+    if codec.nu_is_coded:
+        scale = jnp.max(v, axis=-1, keepdims=True)
+        root = jnp.sqrt(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
+    # Other betas than the default ones may have made mu larger. q is between 1/2 and 1 times
+    # unit sqrt(nu), and rounding nu may halve it.
+    ratio = jnp.abs(m) / sqrt(v)
+    largest = jnp.max(ratio, axis=-1, keepdims=True, initial=0) / (7.75 / 4)
+    unit = jnp.clip(largest, unit, 16 * unit) * root
+    return codec.sealed(scale if codec.nu_is_coded else None, unit, like)

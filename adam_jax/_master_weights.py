@@ -13,6 +13,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adam_jax._checks import (
+    another_remainder,
     check_choice,
     check_leaves,
     check_param,
@@ -20,10 +21,10 @@ from adam_jax._checks import (
     check_state,
     flatten_up_to,
     leaf_path,
-    only_state,
 )
 from adam_jax._moments import arithmetic_dtype
-from adam_jax._rounding import join, random_bits, split
+from adam_jax._rounding import join, random_bits, redrawn, split
+from adam_jax._state import is_none, map_states, only_state, unboxed
 from adam_jax._types import Leaf, RealLeaf, Word, Words
 
 _NOTHING = "none"
@@ -143,11 +144,15 @@ def master_weights(
                 "master_weights needs the parameters: call update(gradients, state, params)."
             )
         check_state(MasterWeightsState, state)
-        gradients, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        gradients, tree = jax.tree.flatten(updates, is_leaf=is_none)
         old_params = flatten_up_to(tree, updates, params, "params")
-        stored = bool(jax.tree.leaves(state.remainder))
+        like = unboxed(tree.unflatten(old_params), keep=is_low)
+        remainder_tree = jax.tree.structure(like, is_leaf=is_none)
+        stored = remainder != _NOTHING
+        if bool(jax.tree.leaves(state.remainder)) != (stored and bool(jax.tree.leaves(params))):
+            raise another_remainder(remainder, state.remainder)
         remainders = (
-            flatten_up_to(tree, updates, state.remainder, "state.remainder")
+            flatten_up_to(remainder_tree, like, state.remainder, "state.remainder")
             if stored
             else [None] * len(gradients)
         )
@@ -156,7 +161,7 @@ def master_weights(
             if is_low(p) and g is not None:  # it would be cast, whatever it is
                 check_param(path, g, p)
             if r is not None:
-                check_remainder(path, p, r, low=is_low(p))
+                check_remainder(path, p, r, remainder, _FORMATS[remainder], low=is_low(p))
         masters = [master_leaf(p, r) for p, r in zip(old_params, remainders, strict=True)]
         steps, inner_state = inner.update(
             tree.unflatten([_widened(g, p) for g, p in zip(gradients, old_params, strict=True)]),
@@ -173,7 +178,7 @@ def master_weights(
         ]
         return tree.unflatten([u for u, _ in outcome]), MasterWeightsState(
             count=count,
-            remainder=tree.unflatten([r for _, r in outcome]) if stored else state.remainder,
+            remainder=remainder_tree.unflatten([r for _, r in outcome]) if stored else (),
             inner_state=inner_state,
         )
 
@@ -195,9 +200,8 @@ def master_params(params: optax.Params, state: Any) -> optax.Params:
         ValueError: when there is no such state, or more than one.
     """
     remainder = only_state(MasterWeightsState, "master_weights", state).remainder
-    if not jax.tree.leaves(remainder):
-        return jax.tree.map(master_leaf, params)
-    return jax.tree.map(master_leaf, params, remainder)
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten(map(master_leaf, leaves, _remainder_leaves(remainder, params)))
 
 
 def load_master_params(
@@ -234,35 +238,39 @@ def load_master_params(
     old = only_state(MasterWeightsState, "master_weights", state)
     masters, tree = jax.tree.flatten(master)
     dtypes = [p.dtype for p in flatten_up_to(tree, master, params, "params")]
-    stored = bool(jax.tree.leaves(old.remainder))
-    remainders = tree.flatten_up_to(old.remainder) if stored else [None] * len(masters)
+    remainders = _remainder_leaves(old.remainder, params)
     pairs = [
         _split_leaf(_quiet(jnp.asarray(w, jnp.float32)), dtype, None if r is None else r.dtype)
         if dtype in _LOW
         else (jnp.asarray(w, dtype), r)
         for w, dtype, r in zip(masters, dtypes, remainders, strict=True)
     ]
-    new = old._replace(remainder=tree.unflatten([r for _, r in pairs]) if stored else old.remainder)
-    return tree.unflatten([p for p, _ in pairs]), replaced_state(state, new)
+    if jax.tree.leaves(old.remainder):
+        remainder_tree = jax.tree.structure(unboxed(params, keep=is_low))
+        old = old._replace(remainder=remainder_tree.unflatten([r for _, r in pairs]))
+    params = tree.unflatten([p for p, _ in pairs])
+    return params, map_states(lambda _: old, MasterWeightsState, state)
 
 
 def no_remainders(params: optax.Params, remainder: str) -> Any:
-    """The remainders of parameters that lack nothing, or a ValueError for an unknown format."""
+    """Returns the remainders of parameters that lack nothing: zeros."""
     check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
     if remainder == _NOTHING:
         return ()
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, _FORMATS[remainder], shape=None if is_low(p) else ()), params
-    )
+    dtype = _FORMATS[remainder]
+    zeros = [
+        jnp.zeros_like(p, dtype) if is_low(p) else jnp.zeros((), dtype)
+        for p in jax.tree.leaves(params)
+    ]
+    return jax.tree.structure(unboxed(params, keep=is_low)).unflatten(zeros)
 
 
-def replaced_state(state: Any, new: MasterWeightsState) -> Any:
-    """An optimizer's state with another `master_weights` state in it."""
-    return jax.tree.map(lambda x: new if _is_state(x) else x, state, is_leaf=_is_state)
-
-
-def _is_state(x: Any) -> bool:
-    return isinstance(x, MasterWeightsState)
+def _remainder_leaves(remainder: Any, params: optax.Params) -> list[Any]:
+    """Returns the remainder of each parameter, None where none is stored."""
+    if not jax.tree.leaves(remainder):
+        return [None] * len(jax.tree.leaves(params))
+    like = unboxed(params, keep=is_low)
+    return flatten_up_to(jax.tree.structure(like), like, remainder, "state.remainder")
 
 
 def is_low(leaf: Any) -> bool:
@@ -292,7 +300,7 @@ def _joined(param: RealLeaf, remainder: Leaf | None) -> RealLeaf:
         return join(param)
     if remainder.dtype == np.float32:
         return join(param) + remainder
-    return join(param, remainder, _kept_bits(remainder.dtype))
+    return join(param, remainder, _width(remainder.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -304,14 +312,14 @@ def _split_leaf(
 ) -> tuple[RealLeaf, Leaf | None]:
     if remainder_dtype is None:
         return split(master, param_dtype, 0, bits)[0], None
-    param, remainder = split(master, param_dtype, _kept_bits(remainder_dtype), bits)
+    param, remainder = split(master, param_dtype, _width(remainder_dtype), bits)
     if remainder_dtype == np.float32:
         # The difference of two close numbers is exact; infinity has none to itself.
         remainder = jnp.where(jnp.isfinite(master), master - join(param), 0)
     return param, remainder
 
 
-def _kept_bits(remainder_dtype: DTypeLike) -> int:
+def _width(remainder_dtype: DTypeLike) -> int:
     return 8 if remainder_dtype == np.int8 else 16
 
 
@@ -330,7 +338,7 @@ def _step_leaf(
         master,
         param.dtype,
         None if remainder is None else remainder.dtype,
-        random_bits(param.shape, leaf, count),
+        redrawn(random_bits(param.shape, leaf), ~count),  # moments draw with the count
     )
     # The parameter has to land on new when this difference is added to it. Let |old| be in
     # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much

@@ -28,21 +28,21 @@ class Decay(NamedTuple):
     one_minus_b: Scalar
     log_b: Scalar  # read only where b >= 1/2, see `bias_correction`
 
-
-def decay(b: Scalar) -> Decay:
-    """Prepares a decay rate: a Python number in [0, 1), or an array or tracer of one."""
-    if not isinstance(b, jax.Array):
-        b = float(b)
-        return Decay(b, 1 - b, math.log(max(b, 0.5)))
-    if jnp.finfo(b.dtype).bits < 32:
-        # `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, and in
-        # bfloat16 every decay rate above 1 - 2^-9 becomes 1, with which nothing would ever be
-        # learnt. The middle of the interval that was rounded away stands in for it: 0.99902.
-        below_one = 1 - float(jnp.finfo(b.dtype).epsneg) / 4
-        b = b.astype(jnp.float32)
-        b = jnp.where(b == 1, below_one, b)
-    one_minus_b = 1 - b  # exact for b >= 1/2
-    return Decay(b, one_minus_b, jnp.log1p(-jnp.minimum(one_minus_b, 0.5)))
+    @classmethod
+    def of(cls, b: Scalar) -> "Decay":
+        """Prepares a decay rate: a Python number in [0, 1), or an array or tracer of one."""
+        if not isinstance(b, jax.Array):
+            b = float(b)
+            return cls(b, 1 - b, math.log(max(b, 0.5)))
+        if jnp.finfo(b.dtype).bits < 32:
+            # `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, and in
+            # bfloat16 every decay rate above 1 - 2^-9 becomes 1, with which nothing would ever be
+            # learnt. The middle of the interval that rounds to 1 stands in for it: 0.99902.
+            below_one = 1 - float(jnp.finfo(b.dtype).epsneg) / 4
+            b = b.astype(jnp.float32)
+            b = jnp.where(b == 1, below_one, b)
+        one_minus_b = 1 - b  # exact for b >= 1/2
+        return cls(b, one_minus_b, jnp.log1p(-jnp.minimum(one_minus_b, 0.5)))
 
 
 def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
@@ -72,19 +72,23 @@ def abs_sq(x: Leaf) -> RealLeaf:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-def saturate(g: Leaf, stored: DTypeLike) -> Leaf:
+def saturate(g: Leaf, stored: DTypeLike, *, passing: bool = True) -> Leaf:
     """Limits finite gradients to 2^63 in magnitude, so that squares stay finite.
 
     `stored` is the narrowest dtype that moments are stored in; for float64 the limit is 2^511.
 
-    Without it a single gradient of 1e20 makes nu infinite for ever, and without limiting the
+    Without it a single gradient of 1e20 makes nu infinite for good, and without limiting the
     first moment too the step would exceed its bound. Infinity and NaN pass: they mean that a
-    computation failed, and hiding that is not an optimizer's business.
+    computation failed, and hiding that is not an optimizer's business. Infinity need not, unless
+    `passing`, where something else passes it on.
     """
     if jnp.iscomplexobj(g):
-        return jax.lax.complex(saturate(g.real, stored), saturate(g.imag, stored))
+        return jax.lax.complex(
+            saturate(g.real, stored, passing=passing), saturate(g.imag, stored, passing=passing)
+        )
     limit = g.dtype.type(2.0 ** (jnp.finfo(stored).maxexp // 2 - 1))
-    return jax.lax.select(jax.lax.is_finite(g), jax.lax.clamp(-limit, g, limit), g)
+    clamped = jax.lax.clamp(-limit, g, limit)
+    return jax.lax.select(jax.lax.is_finite(g), clamped, g) if passing else clamped
 
 
 def sqrt(x: RealLeaf) -> RealLeaf:

@@ -21,9 +21,9 @@ def state_shardings(
     `axis`, state is partitioned over that axis of the mesh as well, which is the first stage of
     ZeRO ([Rajbhandari et al., 2020](https://arxiv.org/abs/1910.02054)): parameters that are
     replicated over the axis, as in data-parallel training, have a state that is not. Of each leaf
-    the first dimension that can be divided evenly is. (If that is the last one, the scales of int8
-    moments, one for each row, cost a small collective.) A leaf with no such dimension stays as its
-    parameter is.
+    the first dimension that can be divided evenly is, one that is not divided yet if possible. (If
+    that is the last one, the scales of int8 moments, one for each row, cost a small collective.) A
+    leaf with no such dimension stays as its parameter is.
 
     JAX does the rest, if a jitted step is told that its new state is to be sharded so, and its
     parameters as they were: each device gets its part of the sum of the gradients
@@ -68,11 +68,11 @@ def state_shardings(
         parts = [None] * leaf.ndim
         if leaf.ndim == param.ndim:
             parts = [*param.sharding.spec, *parts][: leaf.ndim]
+            if axis is not None:
+                parts = _partitioned(parts, param.shape, mesh, axis)
             # Scales have rows in common with the parameter, but not what is in a row.
             same = map(operator.eq, leaf.shape, param.shape)
-            parts = [part if kept else None for part, kept in zip(parts, same, strict=True)]
-        if axis is not None:
-            parts = _partitioned(parts, leaf.shape, mesh, axis)
+            parts = [part if yes else None for part, yes in zip(parts, same, strict=True)]
         return NamedSharding(mesh, PartitionSpec(*parts))
 
     return optax.tree.map_params(
@@ -110,8 +110,10 @@ def _partitioned(
     ]
     if any(axis in names for names in axes):
         return parts
-    for i, size in enumerate(shape):
+    # First those that nothing divides yet: with two axes for one dimension, what meets the
+    # parameter on explicit meshes would have to be resharded.
+    for i in sorted(range(len(shape)), key=lambda i: len(axes[i])):
         divided = (*axes[i], axis)
-        if size % math.prod(mesh.shape[name] for name in divided) == 0:
+        if shape[i] % math.prod(mesh.shape[name] for name in divided) == 0:
             return [*parts[:i], divided if axes[i] else axis, *parts[i + 1 :]]
     return parts

@@ -7,20 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import _storage
-from adam_jax._checks import check_decay, flatten_up_to, states_of, states_with_moments
+from adam_jax._checks import check_decay, flatten_up_to
+from adam_jax._codec import Stored, codec_of
 from adam_jax._master_weights import MasterWeightsState, is_low, master_leaf
 from adam_jax._moments import (
     Decay,
     abs_sq,
     arithmetic_dtype,
     bias_correction,
-    decay,
     real_dtype,
     sqrt,
 )
 from adam_jax._rounding import split
-from adam_jax._storage import Stored
+from adam_jax._state import leaves_of, states_of, states_with_moments
 from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar
 
 _ROOTS = ("update_rms", "param_rms", "signal_to_noise", "remainder_use")  # of means of squares
@@ -103,7 +102,7 @@ def step_statistics(
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, lambda x: x is None)]
     stored: dict[KeyPath, tuple[Stored, _Ratio]] = {}
     for found in states_with_moments(state):
-        ratio = _ratio(jnp.asarray(found.count), decay(b1), decay(b2), infinity_norm)
+        ratio = _ratio(jnp.asarray(found.count), Decay.of(b1), Decay.of(b2), infinity_norm)
         stored |= {path: (moments, ratio) for path, moments in _moments(found).items()}
     remainders, old_remainders = _remainders(state), _remainders(old_state)
     of_masters = bool(states_of(MasterWeightsState, old_state))
@@ -133,7 +132,6 @@ def step_statistics(
 class _Ratio(NamedTuple):
     """What turns m / sqrt(v), or AdaMax's m / u, into the ratio, and the bound of that."""
 
-    step: jax.Array  # the count that the moments were stored with
     correction: RealLeaf
     bound: RealLeaf
 
@@ -158,7 +156,7 @@ def _ratio(count: jax.Array, b1: Decay, b2: Decay, infinity_norm: bool) -> _Rati
         correction = jnp.sqrt(bias_correction(b2, t)) * correction
         weights = _geometric_sum(jnp.square(b1.b) / b2_or_tiny, t)
         largest = b1.one_minus_b * jnp.sqrt(weights / b2.one_minus_b)
-    return _Ratio(count, correction, largest * correction)
+    return _Ratio(correction, largest * correction)
 
 
 def _geometric_sum(r: RealLeaf, t: RealLeaf) -> RealLeaf:
@@ -173,9 +171,9 @@ def _leaves(tree: Any) -> dict[KeyPath, Any]:
 
 def _moments(state: Any) -> dict[KeyPath, Stored]:
     """Each leaf's mu and nu, by its path: masked leaves have none."""
-    mu = _leaves(state.mu)
-    nu = _storage.to_leaves(state.nu, lambda tree, _: jax.tree.leaves(tree))
-    return dict(zip(mu, zip(mu.values(), nu, strict=True), strict=True))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.mu)]
+    leaves = leaves_of(state, lambda tree, name, without_boxes: jax.tree.leaves(tree))
+    return dict(zip(paths, leaves, strict=True))
 
 
 def _remainders(state: Any) -> dict[KeyPath, Any]:
@@ -195,7 +193,7 @@ def _leaf_means(
         master = master_leaf(new_param, kept.remainder)
         if kept.remainder is not None:
             # Whatever its format, as 16 bits of an ulp: uniform ones are from -1/2 to 1/2 of it.
-            _, remainder = split(master, param.dtype, kept=16)
+            _, remainder = split(master, param.dtype, width=16)
             terms["remainder_use"] = 12 * jnp.square(remainder.astype(jnp.float32) * 2.0**-16)
         if of_masters:
             param = master_leaf(param, kept.old_remainder)
@@ -205,13 +203,14 @@ def _leaf_means(
     terms["param_rms"] = abs_sq(param.astype(wide))
     if kept.moments is not None and kept.ratio is not None:
         real = real_dtype(wide)
-        m, v, *_ = _storage.load(kept.moments, real, kept.ratio.step)
+        codec = codec_of(kept.moments)
+        m, v, *_ = codec.read(kept.moments, real)
         correction, bound = kept.ratio.correction.astype(real), kept.ratio.bound.astype(real)
         size = jnp.where(v == 0, 1, v) if infinity_norm else sqrt(v)
         ratio = jnp.abs(m) * correction / size
         terms["signal_to_noise"] = jnp.square(ratio)
         terms["near_bound"] = ratio > bound / 2
-        terms["nu_at_smallest"] = _storage.at_smallest(kept.moments)
+        terms["nu_at_smallest"] = codec.nu_at_smallest(kept.moments)
     return {name: jnp.sum(x, dtype=jnp.float32) / max(x.size, 1) for name, x in terms.items()}
 
 

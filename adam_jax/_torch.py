@@ -2,18 +2,19 @@
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax import _storage
-from adam_jax._checks import keystr, states_with_moments
-from adam_jax._convert import convert_state, converted, has_moments
+from adam_jax._checks import keystr
+from adam_jax._codec import Draw, Moments, codec_of
+from adam_jax._convert import convert_state, written
 from adam_jax._moments import arithmetic_dtype
-from adam_jax._storage import Moment
+from adam_jax._state import WITH_MOMENTS, leaves_of, states_with_moments, unboxed, with_leaves
+from adam_jax._storage import Int8Moment
 
 Arrays = dict[str, jax.Array]
 ToParams = Callable[[Arrays], optax.Params]
@@ -102,11 +103,11 @@ def from_torch(
     counts = to_params({name: jnp.full(shape, steps[name]) for name, shape in shapes.items()})
 
     def moved(x: Any) -> Any:
-        if has_moments(x):
+        if isinstance(x, WITH_MOMENTS):
             return _filled(x, trees, counts)
         return x._replace(count=_count(max(steps.values()))) if _is_count(x) else x
 
-    return jax.tree.map(moved, state, is_leaf=lambda x: has_moments(x) or _is_count(x))
+    return jax.tree.map(moved, state, is_leaf=lambda x: isinstance(x, WITH_MOMENTS) or _is_count(x))
 
 
 def to_torch(
@@ -274,28 +275,28 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
             "an optimizer each, with optax.multi_transform."
         )
 
-    def numbers(field: str) -> Any:
-        stored = _storage.to_leaves(getattr(state, field), lambda tree, _: leaves(tree))
-        plain = []
-        for (path, _), kept, new in zip(paths, stored, leaves(trees[field]), strict=True):
-            like: Any = getattr(kept, "codes", kept)
-            if not _is_masked(like):
-                if np.shape(new) != like.shape:
+    plain = jax.tree.structure(unboxed(state.mu), is_leaf=_is_masked)
+    stored = leaves_of(
+        state,
+        lambda tree, _, without_boxes: (plain if without_boxes else treedef).flatten_up_to(tree),
+    )
+    new = zip(*(leaves(trees[field]) for field in _fields(state)), strict=True)
+    count = _count(max(steps, default=0))
+    filled = []
+    for i, ((path, _), like, numbers) in enumerate(zip(paths, stored, new, strict=True)):
+        if not _is_masked(like.mu):
+            for field, x in zip(_fields(state), numbers, strict=True):
+                if np.shape(x) != like.mu.shape:
                     raise ValueError(
-                        f"to_params gives {keystr(path)} the shape {np.shape(new)}, and state."
-                        f"{field} there has {like.shape}. Is it to be transposed?"
+                        f"to_params gives {keystr(path)} the shape {np.shape(x)}, and state."
+                        f"{field} there has {like.mu.shape}. Is it to be transposed?"
                     )
-                is_float = jnp.issubdtype(like.dtype, jnp.floating)
-                like = new.astype(arithmetic_dtype(like.dtype if is_float else np.float32))
-            plain.append(like)
-        return treedef.unflatten(plain)
-
-    formats = [
-        Moment(_storage.format_of(getattr(state, field), None), real)
-        for field, real in (("mu", False), ("nu", True))
-    ]
-    plain = {field: numbers(field) for field in trees}
-    return converted(state._replace(count=_count(max(steps, default=0)), **plain), *formats)
+            dtype = arithmetic_dtype(*codec_of(like).float_dtypes, np.float32)
+            numbers = cast(Moments, tuple(x.astype(dtype) for x in numbers))
+            like = written(numbers, like, Draw(np.uint32(i), count))
+        filled.append(like)
+    int8 = isinstance(state.nu, Int8Moment)
+    return with_leaves(state._replace(count=count), filled, treedef, plain, int8=int8)
 
 
 def _is_masked(x: Any) -> bool:

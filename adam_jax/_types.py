@@ -20,3 +20,4 @@ WeightDecay = Scalar | optax.Schedule
 Mask = PyTree[bool] | Callable[[optax.Params], PyTree[bool]]
 KeyPath = tuple[Any, ...]  # as in jax.tree_util, with its type argument
 StorageFormat = str | DTypeLike | None
+StorageFormats = StorageFormat | PyTree[StorageFormat]

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adam_jax._moments import bias_correction, decay
+from adam_jax._moments import Decay, bias_correction
 
 
 @pytest.mark.parametrize("b", [0.0, 0.1, 0.5, 0.9, 0.95, 0.999, 0.99999, 0.9999999])
 def test_bias_correction(b):
     counts = np.unique(np.geomspace(1, 2**24, 200).astype(np.int64))
-    actual = jax.jit(lambda t: bias_correction(decay(b), t))(jnp.asarray(counts, jnp.float32))
+    actual = jax.jit(lambda t: bias_correction(Decay.of(b), t))(jnp.asarray(counts, jnp.float32))
     desired = -np.expm1(counts * np.log(b)) if b else np.ones(len(counts))
     np.testing.assert_allclose(actual, desired, rtol=3e-7)
 
@@ -19,7 +19,7 @@ def test_bias_correction(b):
 def test_bias_correction_of_a_traced_decay_is_exact_for_the_number_it_was_given():
     b = np.float32(0.99999)
     counts = np.arange(1, 2000)
-    correction = jax.jit(lambda b, t: bias_correction(decay(b), t))
+    correction = jax.jit(lambda b, t: bias_correction(Decay.of(b), t))
     actual = correction(jnp.asarray(b), jnp.asarray(counts, jnp.float32))
     # Here log b is taken in float32: half an ulp more than in `test_bias_correction`.
     desired = -np.expm1(counts * np.log(np.float64(b)))
@@ -31,5 +31,5 @@ def test_a_decay_that_rounded_to_one_is_read_as_the_middle_of_what_it_may_have_b
     half_an_ulp = {"bfloat16": 2.0**-9, "float16": 2.0**-12}[rounded]
     one = jnp.asarray(1 - half_an_ulp / 4, rounded)
     assert one == 1
-    np.testing.assert_allclose(decay(one).one_minus_b, half_an_ulp / 2, rtol=1e-6)
-    np.testing.assert_allclose(decay(one).log_b, np.log1p(-half_an_ulp / 2), rtol=1e-6)
+    np.testing.assert_allclose(Decay.of(one).one_minus_b, half_an_ulp / 2, rtol=1e-6)
+    np.testing.assert_allclose(Decay.of(one).log_b, np.log1p(-half_an_ulp / 2), rtol=1e-6)

@@ -9,32 +9,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from low_precision import LOW, each_dtype
-from words import GOLDEN, N, as_words, centred_noise, numbers, patterns, random_words
+from words import (
+    N,
+    as_words,
+    numbers,
+    patterns,
+    random_words,
+    redrawn_words,
+    turned_words,
+)
 
-from adam_jax._rounding import centred, join, nearest, random_bits, split, turned
+from adam_jax._rounding import join, nearest, random_bits, redrawn, split, turned
 
-each_kept = pytest.mark.parametrize("kept", [0, 8, 16])
+each_width = pytest.mark.parametrize("width", [0, 8, 16])
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (7, 9), (2, 3, 4), (256, 256)], ids=str)
+@pytest.mark.parametrize("leaf", [0, 1, 147, 2**32 - 1])
+def test_random_bits(shape, leaf):
+    found = jax.jit(random_bits, static_argnums=0)(shape, np.uint32(leaf))
+    np.testing.assert_array_equal(np.ravel(found), random_words(leaf, found.size))
+
+
 @pytest.mark.parametrize(
-    ("leaf", "draw"), [(0, 0), (0, 1), (1, 0), (147, 1000), (2**32 - 1, 2**31 - 1)]
+    ("function", "reference"), [(turned, turned_words), (redrawn, redrawn_words)]
 )
-def test_random_bits(shape, leaf, draw):
-    found = jax.jit(random_bits, static_argnums=0)(shape, np.uint32(leaf), np.uint32(draw))
-    np.testing.assert_array_equal(np.ravel(found), random_words(leaf, draw, found.size))
-
-
-@pytest.mark.parametrize("count", [0, 1, 1000, 2**31 - 1])
-def test_turned(count):
-    words = random_words(0)
-    found = jax.jit(turned)(as_words(words), np.int32(count))
-    np.testing.assert_array_equal(found, (words + count * GOLDEN) % 2**32)
-
-
-def test_centred():
-    words = random_words(0)
-    np.testing.assert_array_equal(jax.jit(centred)(as_words(words)), centred_noise(words))
+def test_words_of_a_draw(function, reference):
+    """At every step of two blocks, at others up to the last, and counted in int32 or uint32."""
+    words = random_words(0, 2**10)
+    draws = [*range(65), 1000, 123456, 2**31 - 1]
+    found = jax.jit(jax.vmap(function, (None, 0)))(as_words(words), np.array(draws, np.int32))
+    np.testing.assert_array_equal(found, [reference(words, draw) for draw in draws])
+    last = jax.jit(function)(as_words(words), np.uint32(2**32 - 1))
+    np.testing.assert_array_equal(last, reference(words, 2**32 - 1))
 
 
 # 16 bits and a remainder. A number is a word: its pattern in 16 bits, and 16 bits after the point.
@@ -52,13 +59,16 @@ def words_of(x, dtype, noise):
     return np.where(exponent <= -14, subnormal, normal).astype(np.int64)
 
 
-def split_in_numpy(x, dtype, kept, noise):
+def split_in_numpy(x, dtype, width, noise):
     """The pattern of the nearest 16-bit number, and the remainder in parts of its ulp."""
-    part = 2 ** (16 - kept)
+    part = 2 ** (16 - width)
     infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
     added = part // 2 if noise is None else noise // 2**16 % part
-    # The largest finite number, and the largest remainder.
-    parts = np.minimum(words_of(x, dtype, noise) + added, infinity * 2**16 - 0x8001) // part
+    parts = (words_of(x, dtype, noise) + added) // part
+    # Beyond the largest finite number with the largest remainder: that number, with none.
+    largest = (infinity * 2**16 - 0x8001) // part
+    beyond = words_of(x, dtype, None) > largest * part
+    parts = np.where(beyond, (infinity - 1) * 2**16 // part, parts)
     low = (parts * part + 0x8000) // 2**16
     remainder = parts - low * 2**16 // part
     if dtype == "float16":
@@ -67,9 +77,9 @@ def split_in_numpy(x, dtype, kept, noise):
 
 
 @each_dtype
-@each_kept
+@each_width
 @pytest.mark.parametrize("random", [False, True], ids=["to nearest", "at random"])
-def test_split(dtype, kept, random):
+def test_split(dtype, width, random):
     words, noise = random_words(0), random_words(1) if random else None
     if dtype == "bfloat16":  # every one, and random bits below it
         words = np.arange(N) * 2**16 + words % 2**16
@@ -78,27 +88,27 @@ def test_split(dtype, kept, random):
         x = numbers(words // 2**31 * 2**31 + (127 - 50) * 2**23 + words % (70 * 2**23))
     noise = noise if noise is None else noise[: len(x)]
     bits = None if noise is None else as_words(noise)
-    found = jax.jit(split, static_argnums=(1, 2))(jnp.asarray(x), LOW[dtype], kept, bits)
-    low, remainder = split_in_numpy(x, dtype, kept, noise)
+    found = jax.jit(split, static_argnums=(1, 2))(jnp.asarray(x), LOW[dtype], width, bits)
+    low, remainder = split_in_numpy(x, dtype, width, noise)
     np.testing.assert_array_equal(np.asarray(found[0]).view(np.uint16), low)
     np.testing.assert_array_equal(found[1], remainder)
 
 
 @each_dtype
-@each_kept
-def test_join(dtype, kept):
+@each_width
+def test_join(dtype, width):
     """Every finite number, with any remainder."""
     infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
     low = np.arange(N)
     low = low[low % 2**15 < infinity]
-    remainder = random_words(0)[: len(low)] % 2**kept - 2**kept // 2
+    remainder = random_words(0)[: len(low)] % 2**width - 2**width // 2
     found = jax.jit(join, static_argnums=2)(
         jnp.asarray(low.astype(np.uint16).view(LOW[dtype])),
-        jnp.asarray(remainder, jnp.int8 if kept <= 8 else jnp.int16),
-        kept,
+        jnp.asarray(remainder, jnp.int8 if width <= 8 else jnp.int16),
+        width,
     )
     sign, magnitude = np.divmod(low, 2**15)
-    added = remainder * 2 ** (16 - kept)
+    added = remainder * 2 ** (16 - width)
     word = magnitude * 2**16 + added
     if dtype == "bfloat16":
         pattern = np.where(magnitude == 0, 0, word)

@@ -20,16 +20,23 @@ from low_precision import (
 from adam_jax._rounding import join, random_bits, split
 
 
+def largest_joined(dtype, width):
+    """The largest float32 that is a number of this dtype and a remainder of so many bits."""
+    exact = largest(dtype) + ulp(largest(dtype), dtype) * max(2**width // 2 - 1, 0) / 2**width
+    rounded = np.float32(exact)
+    return float(rounded if rounded <= exact else np.nextafter(rounded, np.float32(0)))
+
+
 @each_dtype
-@pytest.mark.parametrize("kept", [0, 8, 16])
+@pytest.mark.parametrize("width", [0, 8, 16])
 @pytest.mark.parametrize("bits", [None, 2**32 - 1])
-def test_every_16_bit_number_is_split_into_itself_and_nothing(dtype, kept, bits):
+def test_every_16_bit_number_is_split_into_itself_and_nothing(dtype, width, bits):
     low = all_numbers(dtype)
     joined = join(jnp.asarray(low))
     assert joined.dtype == jnp.float32
     np.testing.assert_array_equal(bits_of(joined), bits_of(low.astype(np.float32)))
     words = None if bits is None else jnp.full(low.shape, bits, jnp.uint32)
-    again, remainder = split(joined, LOW[dtype], kept, words)
+    again, remainder = split(joined, LOW[dtype], width, words)
     np.testing.assert_array_equal(bits_of(again), bits_of(low))
     assert not remainder.any()
 
@@ -69,26 +76,26 @@ def test_rounding_is_to_nearest_without_bits(dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("kept", [0, 8])
-def test_rounding_is_right_on_average_over_all_bits(dtype, kept):
+@pytest.mark.parametrize("width", [0, 8])
+def test_rounding_is_right_on_average_over_all_bits(dtype, width):
     """The mean over all 2^16 values of the bits that decide is x itself, exactly."""
     x = log_uniform(20, -12, 15.9)  # beyond float16's subnormal numbers, which use other bits
     bits = jnp.arange(2**16, dtype=jnp.uint32) << 16
     for value in x:
-        low, remainder = split(jnp.full(2**16, value), LOW[dtype], kept, bits)
-        joined = np.asarray(join(low, remainder, kept), np.float64)
+        low, remainder = split(jnp.full(2**16, value), LOW[dtype], width, bits)
+        joined = np.asarray(join(low, remainder, width), np.float64)
         assert joined.mean() == value
         assert len(np.unique(joined)) <= 2
 
 
-@pytest.mark.parametrize("kept", [0, 8, 16])
-def test_rounding_of_subnormal_float16_is_right_on_average(kept):
+@pytest.mark.parametrize("width", [0, 8, 16])
+def test_rounding_of_subnormal_float16_is_right_on_average(width):
     n = 2**16
     bits = random_bits((n,), 3)
     for value in np.array([3.3e-6, -4.4e-8, 1.23e-9, 7e-13], np.float32):
-        low, remainder = split(jnp.full(n, value), jnp.float16, kept, bits)
-        joined = np.asarray(join(low, remainder, kept), np.float64)
-        grid = 2.0 ** (-24 - kept)
+        low, remainder = split(jnp.full(n, value), jnp.float16, width, bits)
+        joined = np.asarray(join(low, remainder, width), np.float64)
+        grid = 2.0 ** (-24 - width)
         share = np.abs(value / grid) % 1
         deviation = grid * np.sqrt(share * (1 - share) / n)
         assert abs(joined.mean() - value) <= 5 * deviation
@@ -96,21 +103,21 @@ def test_rounding_of_subnormal_float16_is_right_on_average(kept):
 
 
 @each_dtype
-@pytest.mark.parametrize("kept", [0, 8, 16])
+@pytest.mark.parametrize("width", [0, 8, 16])
 @given(any_words, any_words)
 @many_examples
-def test_split_any_float32(dtype, kept, words, bits):
+def test_split_any_float32(dtype, width, words, bits):
     x = words.view(np.float32)
     x[np.isnan(x)] = np.nan  # a quiet one, as arithmetic makes it
-    low, remainder = jax.jit(split, static_argnums=(1, 2))(x, LOW[dtype], kept, bits)
-    joined = np.asarray(join(low, remainder, kept), np.float64)
+    low, remainder = jax.jit(split, static_argnums=(1, 2))(x, LOW[dtype], width, bits)
+    joined = np.asarray(join(low, remainder, width), np.float64)
     low, remainder = np.asarray(low), np.asarray(remainder)
     finite = np.isfinite(x)
     np.testing.assert_array_equal(np.isfinite(low), finite)
     np.testing.assert_array_equal(joined[~finite], x[~finite])
     np.testing.assert_array_equal(np.signbit(low), np.signbit(x))
     assert not remainder[~finite].any()
-    half = 2**kept // 2
+    half = 2**width // 2
     assert np.all((remainder >= -half) & (remainder <= max(half - 1, 0)))
     # What is not finite has been checked, and would make NumPy warn of it.
     x, joined = (np.where(finite, y, 0).astype(np.float64) for y in (x, joined))
@@ -120,22 +127,39 @@ def test_split_any_float32(dtype, kept, words, bits):
         beside_zero = np.abs(x) < 2.0**-133
         assert np.all(error[beside_zero] <= 2.0**-133)
         finite &= ~beside_zero
-    inside = finite & (np.abs(x) <= largest(dtype))
-    unit = ulp(x, dtype) * 2.0**-kept
+    inside = finite & (np.abs(x) <= largest_joined(dtype, width))
+    unit = ulp(x, dtype) * 2.0**-width
     assert np.all(error[inside] <= unit[inside])
-    if dtype == "bfloat16" and kept == 16:
+    if dtype == "bfloat16" and width == 16:
         assert not error[inside].any()
-    beyond = finite & ~inside
-    assert np.all(np.abs(joined[beyond]) >= largest(dtype))
-    assert np.all(np.abs(low[beyond].astype(np.float64)) == largest(dtype))
+    beyond = np.abs(x) > largest_joined(dtype, width)
+    assert np.all(np.abs(joined[beyond]) == largest(dtype))
+    assert not remainder[beyond].any()
+
+
+@each_dtype
+@pytest.mark.parametrize("width", [0, 8, 16])
+@pytest.mark.parametrize("bits", [None, 0, 2**32 - 1])
+def test_what_is_too_large_becomes_the_largest_number(dtype, width, bits):
+    """Up to the largest number with the largest remainder, weights are kept; beyond, cut off."""
+    most = np.float32(largest_joined(dtype, width))
+    above = np.nextafter(most, np.float32(np.inf))
+    x = np.array([largest(dtype), most, above, np.finfo(np.float32).max, np.inf], np.float32)
+    expected = np.array([largest(dtype), most, *[largest(dtype)] * 2, np.inf], np.float32)
+    for sign in (1, -1):
+        words = None if bits is None else jnp.full(x.shape, bits, jnp.uint32)
+        low, remainder = split(jnp.asarray(sign * x), LOW[dtype], width, words)
+        np.testing.assert_array_equal(join(low, remainder, width), sign * expected)
+        parts = (most - largest(dtype)) / ulp(largest(dtype), dtype) * 2**width
+        np.testing.assert_array_equal(remainder, [0, parts, 0, 0, 0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [8, 16])
+@pytest.mark.parametrize("width", [8, 16])
 @each_dtype
-def test_a_parameter_that_was_cut_off_is_nothing_else(dtype, kept):
+def test_a_parameter_that_was_cut_off_is_nothing_else(dtype, width):
     """Whatever was left of the weight: for bfloat16 nothing, for float16 less than its smallest."""
-    low, remainder = split(jnp.asarray(log_uniform(4096, -10, 10)), LOW[dtype], kept)
+    low, remainder = split(jnp.asarray(log_uniform(4096, -10, 10)), LOW[dtype], width)
     assert jnp.any(remainder < 0)
-    weights = join(jnp.zeros_like(low), remainder, kept)
+    weights = join(jnp.zeros_like(low), remainder, width)
     assert np.all(np.abs(weights) <= (0 if dtype == "bfloat16" else 2.0**-25))

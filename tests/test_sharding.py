@@ -1,15 +1,19 @@
 """State on a mesh of eight devices: where it lies, what is communicated, and the same numbers."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optimizers import EXACT, INT8, each_layout
-from trees import assert_same_bits, short_tree, step_of
+from optimizers import EXACT, INT8, LAYOUT_ROWS, each_layout
+from trees import assert_same_bits, short_tree, step_of, untyped
 
 import adam_jax
 
@@ -17,6 +21,7 @@ MESH = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("data", "model"))
 
 # Two are large enough for int8; of the second only the last dimension can be divided.
 SHAPES = {"kernel": (16, 4, 128), "embedding": (25, 256), "bias": (128,), "odd": (7,), "scale": ()}
+CODED = "adamw-int8", "nadam-int8-float32", "master_weights-int8-int8"
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -161,6 +166,158 @@ def test_a_mesh_whose_axes_are_explicit(row):
         state = jax.jit(optimizer.init, out_shardings=shardings)(params)
         step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
         assert_same_bits(three_steps(step, params, state, gradients), on_one_device(row))
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
+)
+@pytest.mark.parametrize("spec", [("data", None), (None, "data"), ("model", "data")], ids=str)
+@pytest.mark.parametrize(
+    "row", [row for row in LAYOUT_ROWS if row.name in CODED], ids=lambda r: r.name
+)
+def test_codes_however_rows_are_divided(row, spec, kind):
+    """Initialised eagerly, in jit and through state_shardings: the same bits as one device."""
+    optimizer, dtype = row.make(**EXACT), row.param_dtype
+    mesh = Mesh(MESH.devices, MESH.axis_names, axis_types=(kind,) * 2)
+    params, gradients = ({"w": short_tree({"w": (32, 256)}, dtype, seed)["w"]} for seed in (0, 1))
+    desired = three_steps(step_of(optimizer), params, optimizer.init(params), gradients)
+    params, gradients = jax.device_put((params, gradients), on(mesh, *spec))
+    shardings = adam_jax.state_shardings(optimizer, params)
+    with jax.set_mesh(mesh):
+        state = optimizer.init(params)
+        for init in (jax.jit(optimizer.init), jax.jit(optimizer.init, out_shardings=shardings)):
+            assert_same_bits(init(params), state)
+        for x in jax.tree.leaves(state):
+            if x.shape == (32, 1):
+                assert tuple(x.sharding.spec) == (spec[0], None)
+        found = three_steps(step_of(optimizer), params, state, gradients)
+    assert_same_bits(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, desired))
+
+
+def test_scales_stay_with_the_rows_of_their_codes():
+    """And ZeRO-1 divides what is not divided yet."""
+    optimizer = adam_jax.adam(1e-3, **INT8)
+    for spec, codes, scales in [
+        ((None, "data"), (None, "data"), (None, None)),
+        (("model", None), ("model", "data"), ("model", None)),
+        ((None, "model"), ("data", "model"), ("data", None)),
+    ]:
+        params = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=on(MESH, *spec))
+        moment = adam_jax.state_shardings(optimizer, params, axis="data")[0].nu
+        assert tuple(moment.codes.spec) == codes
+        assert tuple(moment.scales.spec) == tuple(moment.units.spec) == scales
+
+
+def test_scales_agree_where_shard_map_divides_rows():
+    optimizer = untyped(adam_jax.scale_by_adam(**INT8))
+    params = jnp.zeros((64, 256))
+    columns = jnp.exp(jnp.arange(256) / 40)[None]  # the largest gradients are on the last device
+    spec = PartitionSpec(None, "data")
+    shardings = adam_jax.state_shardings(optimizer, jax.device_put(params, on(MESH, *spec)))
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+    def update(**options):
+        return jax.jit(
+            jax.shard_map(
+                optimizer.update,
+                mesh=MESH,
+                in_specs=(spec, specs),
+                out_specs=(spec, specs),
+                **options,
+            )
+        )
+
+    state = whole = optimizer.init(params)
+    with pytest.raises(ValueError, match="check_vma=False"):
+        update(check_vma=False)(params, state)
+    step = update()
+    for i in range(10):
+        gradient = columns * jax.random.normal(jax.random.key(i), params.shape)
+        _, state = step(gradient, state)
+        _, whole = optimizer.update(gradient, whole)
+    np.testing.assert_array_equal(np.asarray(state.nu.scales), whole.nu.scales)
+    state: Any = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
+    ratio = adam_jax.convert_state(state).nu / adam_jax.convert_state(whole).nu
+    np.testing.assert_allclose(ratio.mean(axis=0), 1, atol=0.15)
+
+
+def test_a_sharded_state_is_converted_where_it_lies():
+    params = jax.device_put(jnp.ones((64, 128)), on(MESH, "data"))
+    state = adam_jax.adam(1e-3).init(params)
+    coded = adam_jax.convert_state(state, mu_dtype="int8", nu_dtype="int8")
+    for leaf in jax.tree.leaves(coded[0]):
+        if leaf.ndim:
+            assert leaf.addressable_shards[0].data.shape[0] == 16
+
+
+def with_nnx(optimizer):
+    def partitioned(init, *names):
+        return nnx.with_partitioning(init, names)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(
+                64,
+                64,
+                rngs=rngs,
+                use_bias=False,
+                param_dtype=jnp.bfloat16,
+                kernel_init=partitioned(nnx.initializers.lecun_normal(), None, "data"),
+            )
+            self.norm = nnx.LayerNorm(
+                64,
+                rngs=rngs,
+                use_bias=False,
+                scale_init=partitioned(nnx.initializers.ones_init(), "data"),
+            )
+
+        def __call__(self, x):
+            return self.norm(self.dense(x))
+
+    model = Model(nnx.Rngs(0))
+    training = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, training):
+        loss = lambda model: jnp.mean(model(jnp.eye(64, dtype=jnp.bfloat16)) ** 2)  # noqa: E731
+        value, gradients = nnx.value_and_grad(loss)(model)
+        training.update(model, gradients)
+        return value
+
+    losses = [step(model, training) for _ in range(3)]
+    return losses, nnx.state(training)
+
+
+@pytest.mark.parametrize("remainder", [None, "int8"])
+def test_nnx_with_partitioned_parameters(remainder):
+    """Among them a LayerNorm in float32, which has no remainder."""
+    optimizer = adam_jax.adamw(1e-3, **INT8)
+    if remainder:
+        optimizer = adam_jax.master_weights(optimizer, remainder)
+    with jax.set_mesh(Mesh(MESH.devices, MESH.axis_names)):
+        losses, state = with_nnx(optimizer)
+    assert losses[-1] < losses[0]
+    codes = [x for x in jax.tree.leaves(state) if x.dtype == jnp.uint8]
+    assert [x.shape for x in codes] == [(64, 64)]
+
+
+def test_linen_with_partitioned_parameters():
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))
+    model = nn.Dense(64, use_bias=False, kernel_init=kernel_init)
+    optimizer = adam_jax.adamw(1e-3, **INT8)
+
+    def init(key):
+        params = model.init(key, jnp.ones((1, 64)))["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+
+    key = jax.random.key(0)
+    shardings = nn.get_sharding(jax.eval_shape(init, key), MESH)
+    state = jax.jit(init, out_shardings=shardings)(key)
+    codes = nn.unbox(state.opt_state[0].nu.codes)["kernel"]
+    assert tuple(codes.sharding.spec) == (None, "data")
+    step = jax.jit(lambda state: state.apply_gradients(grads=state.params), out_shardings=shardings)
+    assert int(step(state).opt_state[0].count) == 1
 
 
 def test_states_of_wrappers_and_chains():

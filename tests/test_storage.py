@@ -1,5 +1,7 @@
 """How the moments are stored: bfloat16 and int8, their properties and what they are bound to."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from trees import untyped
+from trees import assert_same_bits, directions, normal, random_tree, untyped
 
 import adam_jax
-from adam_jax import _int8, _storage
-from adam_jax._storage import Draw, Int8Moment
+from adam_jax import _storage
 
 
 def gradients_of(model, steps, shape, rng):
@@ -36,6 +37,9 @@ FORMATS = [("int8", "int8"), ("float32", "int8"), ("int8", "float32"), ("int8", 
 FORMATS += [("bfloat16", "bfloat16")]
 each_format = pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 SHAPE = (32, 128)
+# From the scale's code to the next one, in parts of the scale: the root is 1 + 1/252, its rough
+# logarithm is linear, and nine times as large.
+NEXT = 9 / 252
 
 
 def dtypes(tree):
@@ -45,30 +49,6 @@ def dtypes(tree):
 def in_float32(state):
     """mu and nu of a state as float32, whatever they are stored in."""
     return adam_jax.convert_state(state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-@each_format
-def test_encode_tells_what_load_will_read(formats, compiled):
-    """To the bit: on a GPU a step goes on from the first, on a CPU and a TPU from the second."""
-    moments = [
-        _storage.Moment(_storage.storage_format("", name), real)
-        for name, real in zip(formats, (False, True), strict=True)
-    ]
-    rng = np.random.default_rng(0)
-    m, v = jnp.asarray(np.exp(5 * rng.standard_normal((2, *SHAPE))), jnp.float32)
-    m = m * jnp.asarray(rng.choice([-1, 0, 1], SHAPE), jnp.float32)
-    like = untyped(tuple(_storage.zeros(moment, m) for moment in moments))
-    scale = v.max(axis=-1, keepdims=True) if formats[1] == "int8" else None
-    draw = Draw(np.uint32(3), jnp.int32(17))
-
-    def both(m, v, scale):
-        encoded, values = _storage.encode((m, v), like, scale, draw)
-        return values, _storage.load(_storage.unpack(encoded, like, scale), jnp.float32, draw.step)
-
-    values, read = (jax.jit(both) if compiled else both)(m, v, scale)
-    chex.assert_trees_all_equal(values, read)
 
 
 @pytest.mark.slow
@@ -88,11 +68,12 @@ def test_invariants_on_hard_gradients(model, formats):
             u, state = optimizer.update(g, states[0])
             v, state32 = exact.update(g, states[1])
             stored = in_float32(state)
-            scale = state.nu.scales if isinstance(state.nu, Int8Moment) else stored.nu
+            coded = formats[1] == "int8"
+            scale = state.nu.scales if coded else stored.nu
             seen = {
                 "finite": jnp.isfinite(u).all() & jnp.isfinite(stored.mu).all(),
                 # A nu that equals its scale but for rounding may get the next code.
-                "nu <= scale": jnp.all(stored.nu <= scale * (1 + 11 / _int8.ALONE.nu)),
+                "nu <= scale": jnp.all(stored.nu <= scale * (1 + NEXT)),
                 "nu > 0": jnp.all((stored.nu > 0) | (state32.nu < 1e-37)),
                 "scale >= largest v": jnp.all(scale >= 0.5 * state32.nu),
                 "largest step": jnp.abs(u).max(),
@@ -107,7 +88,8 @@ def test_invariants_on_hard_gradients(model, formats):
     for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest v"):
         assert seen[name].all(), name
     if formats[0] == "int8":
-        assert seen["largest step"].max() < 5.75 * 1.5 * 1.061
+        # 7.75 q, where q is up to unit sqrt(nu), and the bias corrections are those in the unit.
+        assert seen["largest step"].max() <= 7.75 * 8.4 * np.sqrt(0.1 / 1.9) * (1 + 1e-5)
     # A step follows from moments that each were at most one code away from the float32 ones.
     assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
     if model != "stopping":
@@ -228,7 +210,10 @@ def test_a_maximum_in_bfloat16_is_hardly_biased(factory, denominator):
     stored, desired = (getattr(state, denominator) for state in run(gradients))
     ratio = stored.astype(jnp.float32) / desired
     np.testing.assert_allclose(ratio.mean(), 1, atol=0.01)
-    assert jnp.abs(ratio - 1).max() < 0.15
+    # A rounding is off by ulp / sqrt(6) (root mean square), an ulp by up to 2^-7 and on average
+    # 2^-7.5, and 1 / (1 - b2^2) = 500 of them add up: 0.05. Among 4096 coordinates, and over time,
+    # up to 5 times that.
+    assert jnp.abs(ratio - 1).max() < 0.25
 
 
 @pytest.mark.slow
@@ -259,7 +244,8 @@ def test_small_leaves_stay_in_float32(shape, coded):
     state = optimizer.init(jnp.zeros(shape))
     dtypes = (jnp.int8, jnp.uint8) if coded else (jnp.float32, jnp.float32)
     assert (state.mu.dtype, state.nu.codes.dtype) == dtypes
-    assert state.nu.scales.shape == ((*shape[:-1], 1) if coded else ())
+    for rows in (state.nu.scales, state.nu.units):
+        assert (rows.shape, rows.dtype) == ((*shape[:-1], 1) if coded else (), jnp.float32)
 
 
 def test_the_formats_may_be_dtypes():
@@ -278,18 +264,341 @@ def test_a_state_in_bfloat16_is_optax_state():
     assert dtypes(ours) == dtypes(theirs)
 
 
+# ------------------------------------------------------------------ states that are edited
+
+WITH_CODES = [("int8", None), ("int8", "bfloat16"), ("int8", "int8")]
+each_with_codes = pytest.mark.parametrize("formats", WITH_CODES, ids=str)
+SQUARE = (64, 64)
+
+
+@functools.cache
+def a_run(formats, seed=0, steps=20):
+    """An optimizer, its jitted step, and the state after some steps on normal gradients."""
+    optimizer = untyped(adam_jax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1]))
+    gradients = normal(steps + 1, *SQUARE, seed=seed)
+    _, state = directions(optimizer, gradients[:-1])
+    return optimizer, jax.jit(optimizer.update), state, jnp.asarray(gradients[-1])
+
+
+@each_with_codes
+def test_mu_means_the_same_with_other_betas_and_another_count(formats):
+    _, _, state, g = a_run(formats)
+    mu = in_float32(state).mu
+    for count in (0, 3, 10**6):
+        edited = state._replace(count=jnp.int32(count))
+        np.testing.assert_array_equal(in_float32(edited).mu, mu)
+    other = adam_jax.scale_by_adam(b1=0.5, b2=0.9, mu_dtype=formats[0], nu_dtype=formats[1])
+    _, after = jax.jit(other.update)(g, state._replace(count=jnp.int32(3)))
+    desired = 0.5 * mu + 0.5 * g
+    mu = in_float32(after).mu
+    # Noise of mu alone in 7 or 6 bits, of which 4096 average to a 64th.
+    error = jnp.linalg.norm(mu - desired) / jnp.linalg.norm(desired)
+    assert error < 0.05
+    np.testing.assert_allclose(jnp.vdot(mu, desired) / jnp.vdot(desired, desired), 1, atol=0.003)
+
+
+@each_with_codes
+def test_momentum_that_is_reset(formats):
+    """All of it, or that of some columns, as for new rows of an embedding."""
+    _, step, state, g = a_run(formats)
+    before = in_float32(state)
+    for reset in (jnp.ones(64, bool), jnp.arange(64) % 3 == 0):
+        edited = state._replace(mu=jnp.where(reset, jnp.int8(0), state.mu))
+        after = in_float32(edited)
+        np.testing.assert_array_equal(after.mu, jnp.where(reset, 0, before.mu))
+        # A code is up to 1/28 of nu, and the next power of nine bits once more.
+        np.testing.assert_allclose(after.nu, before.nu, rtol=0.04)
+        updates, _ = step(g, edited)
+        desired, _ = adam_jax.scale_by_adam().update(g, after)
+        error = jnp.linalg.norm(updates - desired) / jnp.linalg.norm(desired)
+        assert error < 0.08  # of one step's noise: see `test_the_error_of_an_update`
+
+
+def mean_of(a, b):
+    return ((a.astype(jnp.float32) + b.astype(jnp.float32)) / 2).astype(a.dtype)
+
+
+@pytest.mark.parametrize("formats", [*WITH_CODES, (None, "int8")], ids=str)
+def test_averaged_codes_give_nan(formats, request):
+    """Codes have no average: what a mean over replicas or a federated average makes of a state."""
+    if formats[1] != "int8":
+        reason = "with nu in a float, two runs at one count have the same units"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    _, step, state, g = a_run(formats)
+    _, _, other, _ = a_run(formats, seed=1)
+    chex.assert_trees_all_equal(jax.tree.map(mean_of, state, state), state)
+    updates, _ = step(g, jax.tree.map(mean_of, state, other))
+    # All 64 rows, but that 1 checksum in 4096 is right by chance.
+    assert np.sum(np.isnan(updates).all(axis=-1)) >= 63
+
+
+@pytest.mark.parametrize("formats", [*WITH_CODES, (None, "int8")], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_codes_that_are_cast_are_refused(formats, dtype):
+    optimizer, _, state, g = a_run(formats)
+    _, _, other, _ = a_run(formats, seed=1)
+    cast = jax.tree.map(lambda x: x.astype(dtype), state)
+    averaged = jax.tree.map(lambda x, y: (x.astype(dtype) + y.astype(dtype)) / 2, state, other)
+    for edited in (cast, averaged):
+        with pytest.raises(ValueError, match=r"is stored in (bfloat16|float32), but this"):
+            jax.eval_shape(optimizer.update, g, edited._replace(count=state.count))
+
+
+# ------------------------------------------------------------------ what a step loses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("betas", "bound"),
+    [
+        *[((0.9, 0.999), 0.085), ((0.9, 0.98), 0.085), ((0.9, 0.95), 0.085), ((0.8, 0.9), 0.085)],
+        *[((0.95, 0.95), 0.1), ((0.95, 0.99), 0.1), ((0.9, 0.9999), 0.1), ((0.98, 0.92), 0.15)],
+    ],
+)
+def test_the_error_of_an_update(betas, bound):
+    """Relative to that of float32, at the worst of the first 1000 steps on normal gradients.
+
+    The bounds are those of the design: what docs/formats.md promises for these decay rates.
+    """
+    optimizer = untyped(adam_jax.scale_by_adam(*betas, eps=1e-30, mu_dtype="int8", nu_dtype="int8"))
+    exact = untyped(adam_jax.scale_by_adam(*betas, eps=1e-30))
+
+    @jax.jit
+    def run():
+        def step(states, t):
+            g = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), SQUARE)
+            u, state = optimizer.update(g, states[0])
+            desired, state32 = exact.update(g, states[1])
+            return (state, state32), jnp.linalg.norm(u - desired) / jnp.linalg.norm(desired)
+
+        zeros = jnp.zeros(SQUARE)
+        return jax.lax.scan(step, (optimizer.init(zeros), exact.init(zeros)), jnp.arange(1000))[1]
+
+    assert run().max() <= bound
+
+
+@jax.jit
+def first_step_of_ones(b1, b2):
+    """The mean of the first direction in int8; decay rates are traced, and all compile once."""
+    optimizer = untyped(adam_jax.scale_by_adam(b1, b2, mu_dtype="int8", nu_dtype="int8"))
+    return optimizer.update(jnp.ones(SQUARE), optimizer.init(jnp.ones(SQUARE)))[0].mean()
+
+
+def test_a_first_step_is_one_with_any_betas():
+    betas = [(b1, b2) for b1 in (0, 0.5, 0.9, 0.99) for b2 in (0.99, 0.999, 0.9999, 0.999999)]
+    found = jax.lax.map(lambda b: first_step_of_ones(*b), jnp.asarray(betas, jnp.float32))
+    np.testing.assert_allclose(found, 1, atol=0.01)
+
+
+@pytest.mark.slow
+def test_a_rare_gradient_is_not_cut_off():
+    """One after 20,000 steps without: nothing moves mu further beyond sqrt(nu)."""
+
+    def last_step(betas, format):
+        optimizer = untyped(adam_jax.scale_by_adam(*betas, mu_dtype=format, nu_dtype=format))
+        ones = jnp.ones(SQUARE)
+        _, state = optimizer.update(ones, optimizer.init(ones))
+        silence = lambda state, _: (optimizer.update(0 * ones, state)[1], None)  # noqa: E731
+        state, _ = jax.lax.scan(silence, state, length=20_000)
+        return optimizer.update(ones, state)[0].mean()
+
+    betas = jnp.asarray([(0.9, 0.999), (0.8, 0.999), (0.5, 0.999), (0, 0.999)], jnp.float32)
+    found, desired = (
+        jax.jit(lambda betas, format=format: jax.lax.map(lambda b: last_step(b, format), betas))(
+            betas
+        )
+        for format in ("int8", "float32")
+    )
+    np.testing.assert_allclose(found, desired, rtol=0.02)
+
+
+# ------------------------------------------------------------------ infinity, NaN, float64
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("nu", [None, "bfloat16", "int8"])
+def test_what_is_not_finite_poisons_mu_in_int8(nu, bad):
+    """Its coordinate, and with codes of nu its row, for good."""
+    optimizer = untyped(adam_jax.scale_by_adam(mu_dtype="int8", nu_dtype=nu))
+    g = jnp.ones(SQUARE).at[3, 5].set(bad)
+    poisoned = np.zeros(SQUARE, bool)
+    poisoned[3, slice(None) if nu == "int8" else 5] = True
+    step = jax.jit(optimizer.update)
+    for eager in (False, True):
+        updates, state = (optimizer.update if eager else step)(g, optimizer.init(g))
+        for _ in range(2):
+            np.testing.assert_array_equal(np.isnan(updates), poisoned)
+            assert np.isfinite(np.asarray(updates)[~poisoned]).all()
+            np.testing.assert_array_equal(np.isnan(in_float32(state).mu), poisoned)
+            updates, state = step(jnp.ones(SQUARE), state)
+
+
+only_x64 = pytest.mark.parametrize("x64", [True], indirect=True)
+NARROW = [(None, None), ("int8", None), (None, "float32"), (None, "bfloat16"), ("int8", "bfloat16")]
+NARROW += [("int8", "int8"), ("bfloat16", "float32"), (None, "int8")]
+
+
+@only_x64
+@pytest.mark.parametrize("formats", NARROW, ids=str)
+def test_float64_gradients_beyond_a_narrow_format(formats, x64):
+    """No step is longer than 1.2 where the right one is 1: noise makes it up to 1.2."""
+    # Fails for mu in float64 with nu in int8: a scale below 2^-126 is 0, and mu is not.
+
+    def longest(g, eps):
+        optimizer = untyped(
+            adam_jax.scale_by_adam(eps=eps, mu_dtype=formats[0], nu_dtype=formats[1])
+        )
+        step = lambda state, _: optimizer.update(g, state)[::-1]  # noqa: E731
+        return jnp.abs(jax.lax.scan(step, optimizer.init(g), length=30)[1]).max()
+
+    values = [(1e30, 1e-8), (1e25, 1e-8), (1e-18, 0.0), (1e-20, 0.0), (1e-20, 1e-30), (1e-300, 0.0)]
+    g, eps = jnp.asarray(values, jnp.float64).T
+    found = jax.jit(jax.vmap(lambda g, eps: longest(jnp.full(SQUARE, g), eps)))(g, eps)
+    assert np.all(found <= 1.2), dict(zip(values, found.tolist(), strict=True))
+
+
+@only_x64
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
+def test_a_state_in_float64_becomes_narrow(format, x64):
+    """Where its moments are beyond float32's range, their ratio is what stays."""
+    exact = untyped(adam_jax.scale_by_adam())
+    narrow = untyped(adam_jax.scale_by_adam(mu_dtype=format, nu_dtype=format))
+    rng = np.random.default_rng(0)
+    for size in (1e-10, 1.0, 1e15, 1e25, 1e100):
+        g = jnp.asarray(size * rng.standard_normal(SQUARE))
+        _, state = exact.update(g, exact.init(g))
+        converted = adam_jax.convert_state(state, format, format)
+        moments = [(x.mu, x.nu) for x in map(adam_jax.convert_state, (state, converted))]
+        (m, v), (m_narrow, v_narrow) = np.asarray(moments, np.float64)
+        ratio = (m_narrow / np.sqrt(v_narrow)) / (m / np.sqrt(v))
+        assert np.isfinite(ratio).all()
+        # One rounding: 6 bits of mu and 9 of nu, or 8 of each, or 24.
+        rms = np.sqrt(np.mean(np.square(ratio - 1)))
+        assert rms < {"float32": 1e-6, "bfloat16": 0.01, "int8": 0.1}[format], size
+        updates, _ = narrow.update(jnp.zeros(SQUARE, jnp.float32), converted)
+        desired, _ = exact.update(jnp.zeros(SQUARE), state)
+        error = np.linalg.norm(np.float64(updates) - desired) / np.linalg.norm(desired)
+        assert error < {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.15}[format], size
+
+
+# ------------------------------------------------------------------ a format for each leaf
+
+PARAMS = {
+    "embed": jnp.zeros((64, 128)),
+    "rest": {"kernel": jnp.zeros((128, 64)), "bias": jnp.zeros(64)},
+    "scale": jnp.zeros((64, 64)),
+}
+MU = {"embed": "float32", "rest": "int8", "scale": None}
+NU = {"embed": "bfloat16", "rest": {"kernel": "int8", "bias": "bfloat16"}, "scale": jnp.int8}
+
+
+def test_each_leaf_has_its_format():
+    optimizer = untyped(adam_jax.scale_by_adam(mu_dtype=MU, nu_dtype=NU))
+    gradients = [random_tree(jax.tree.map(jnp.shape, flat(PARAMS)), seed=i) for i in range(3)]
+    state = optimizer.init(PARAMS)
+    assert isinstance(state.nu, adam_jax.Int8Moment)
+    names = lambda tree: jax.tree.map(lambda x: x.dtype.name, flat(tree))  # noqa: E731
+    mu = {"embed": "float32", "bias": "float32", "kernel": "int8", "scale": "float32"}
+    nu = {"embed": "bfloat16", "bias": "bfloat16", "kernel": "uint8", "scale": "uint8"}
+    assert names(state.mu) == mu
+    assert names(state.nu.codes) == nu
+    shapes = {"embed": (), "bias": (), "kernel": (128, 1), "scale": (64, 1)}
+    assert jax.tree.map(jnp.shape, flat(state.nu.scales)) == shapes
+    assert jax.tree.map(jnp.shape, flat(state.nu.units)) == shapes
+    # Each leaf as if all were in its formats: leaves are numbered as they are in the tree.
+    found = run_of(optimizer, PARAMS, [nested(g) for g in gradients])
+    for name, formats in {
+        "embed": ("float32", "bfloat16"),
+        "bias": ("int8", "bfloat16"),
+        "kernel": ("int8", "int8"),
+        "scale": (None, "int8"),
+    }.items():
+        alone = adam_jax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])
+        desired = run_of(alone, PARAMS, [nested(g) for g in gradients])
+        for (u, state), (v, other) in zip(found, desired, strict=True):
+            assert_same_bits(flat(u)[name], flat(v)[name])
+            assert_same_bits(flat(state.mu)[name], flat(other.mu)[name])
+            nu = state.nu.codes, state.nu.scales, state.nu.units
+            other_nu = tuple(other.nu) if isinstance(other.nu, tuple) else (other.nu,)
+            for x, y in zip(nu, other_nu, strict=False):
+                assert_same_bits(flat(x)[name], flat(y)[name])
+
+
+def flat(tree):
+    """A tree like `PARAMS`, by the names of its leaves."""
+    return {"embed": tree["embed"], **tree["rest"], "scale": tree["scale"]}
+
+
+def nested(leaves):
+    rest = {name: leaves[name] for name in ("kernel", "bias")}
+    return {"embed": leaves["embed"], "rest": rest, "scale": leaves["scale"]}
+
+
+def run_of(optimizer, params, gradients):
+    state, step, outcome = optimizer.init(params), jax.jit(optimizer.update), []
+    for g in gradients:
+        updates, state = step(g, state)
+        outcome.append((updates, state))
+    return outcome
+
+
 # ------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
 @pytest.mark.parametrize("moment", ["mu", "nu"])
 def test_a_state_in_another_format_is_refused(format, moment):
+    # Fails for mu in int8: the message names nu, and advises a nu_dtype that is wrong.
     params = {"w": jnp.ones(SHAPE)}
     plain = adam_jax.adam(0.1)
     stored = adam_jax.adam(0.1, **{f"{moment}_dtype": format})
     for optimizer, other in [(plain, stored), (stored, plain)]:
-        with pytest.raises(ValueError, match=rf"state\.{moment} is stored in .*convert_state"):
+        with pytest.raises(
+            ValueError, match=rf"state\.{moment}(\['w'\])? is stored in .*convert_state"
+        ):
             optimizer.update(params, other.init(params), params)
+
+
+def test_a_leaf_in_another_format_is_refused_by_its_path():
+    def optimizer(mu, nu):
+        return adam_jax.adam(0.1, mu_dtype=mu, nu_dtype=nu)
+
+    def says(moment, found, expected):
+        return (
+            rf"state\.{moment}\['rest'\]\['kernel'\] is stored in {found}, but this optimizer "
+            rf"stores it in {expected}\..*convert_state"
+        )
+
+    state = optimizer(MU, NU).init(PARAMS)
+    others = {
+        "mu": MU | {"rest": {"kernel": "bfloat16", "bias": "int8"}},
+        "nu": NU | {"rest": "bfloat16"},
+    }
+    for moment, found in [("mu", "int8"), ("nu", "int8")]:
+        other = optimizer(**{"mu": MU, "nu": NU} | {moment: others[moment]})
+        with pytest.raises(ValueError, match=says(moment, found, "bfloat16")):
+            other.update(PARAMS, state, PARAMS)
+        with pytest.raises(ValueError, match=says(moment, "bfloat16", found)):
+            optimizer(MU, NU).update(PARAMS, other.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
+def test_formats_that_are_none_are_refused(name):
+    for format in ("int4", "float16", jnp.float16, {"embed": "int8", "rest": "fp8"}, 3):
+        with pytest.raises(ValueError, match=rf"{name} must be None or one of 'float32', 'bfloat"):
+            untyped(adam_jax.adam)(0.1, **{name: format})
+        with pytest.raises(ValueError, match=rf"{name} must be None or one of"):
+            adam_jax.convert_state(adam_jax.adam(0.1).init(PARAMS), **{name: format})
+    for prefix in ({"embed": "int8"}, MU | {"more": "int8"}, ["int8"] * 3, {**MU, "embed": MU}):
+        optimizer = untyped(adam_jax.adam)(0.1, **{name: prefix})
+        with pytest.raises(ValueError, match=rf"{name} must be one value or a tree prefix"):
+            optimizer.init(PARAMS)
+        with pytest.raises(ValueError, match=rf"{name} must be one value or a tree prefix"):
+            adam_jax.convert_state(adam_jax.adam(0.1).init(PARAMS), **{name: prefix})
+        with pytest.raises(
+            ValueError, match=r"_dtype must be one value or a tree prefix|is stored"
+        ):
+            optimizer.update(PARAMS, adam_jax.adam(0.1).init(PARAMS), PARAMS)
 
 
 def test_what_cannot_be_stored_is_refused():
@@ -311,12 +620,6 @@ def test_a_tree_without_leaves_is_in_every_format(format, params):
     updates, state = optimizer.update(params, optimizer.init(params))
     assert updates == params
     assert state[0].count == 1
-
-
-def test_random_words_differ_between_the_moments():
-    mu_words, nu_words = Draw(np.uint32(0), jnp.int32(1)).words((64, 64))
-    correlation = np.corrcoef(np.ravel(mu_words) / 2.0**32, np.ravel(nu_words) / 2.0**32)
-    assert abs(correlation[0, 1]) < 5 / 64
 
 
 def test_fits_int8_is_what_the_documentation_says():

@@ -62,8 +62,8 @@ def assert_dtypes(row, dtype, params, updates, state, steps):
     chex.assert_trees_all_equal_shapes_and_dtypes(last_updates, params)
     moments = moments_of(state)
     assert {"mu", "nu"} <= moments.keys()
-    for scale in jax.tree.leaves(moments.pop("scales", {})):
-        assert scale.dtype == jnp.float32
+    rows = [moments.pop(name, {}) for name in ("scales", "units")]
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(rows))
     for name, moment in moments.items():
         chex.assert_trees_all_equal_shapes(moment, params)
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(moment)}

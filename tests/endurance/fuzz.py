@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import operator
 import sys
 import time
 import traceback
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from optimizers import ROWS
 
 import adam_jax
-from adam_jax import Int8Moment, _int8
+from adam_jax import Int8Moment
 
 ROW = {row.name: row for row in ROWS}
 CHUNKS = 3  # of finite steps; another two are with and without a NaN or an infinity
@@ -512,16 +513,25 @@ def check_dtypes(case, state):
     formats = case.formats if ROW[case.row].takes("mu_dtype") else (None, None)
     for name in moments._fields[1:]:
         tree = getattr(moments, name)
-        scales = None
+        scales = units = None
         if isinstance(tree, Int8Moment):
-            tree, scales = tree
+            tree, scales, units = tree
         format = formats[name != "mu"]
         for x, leaf in zip(jax.tree.leaves(tree), case.leaves, strict=True):
             assert x.shape == leaf.shape, (name, x.shape, leaf)
             assert x.dtype == stored_dtype(format, leaf, name != "mu"), (name, x.dtype, leaf)
-        for scale, x in zip(jax.tree.leaves(scales), jax.tree.leaves(tree), strict=False):
-            assert scale.dtype == jnp.float32, scale.dtype
-            assert scale.shape == ((*x.shape[:-1], 1) if x.dtype == jnp.uint8 else ())
+        if units is not None:
+            of_mu = [m.dtype == jnp.int8 for m in jax.tree.leaves(moments.mu)]
+            of_nu = [x.dtype == jnp.uint8 for x in jax.tree.leaves(tree)]
+            check_rows("scale", scales, case.leaves, of_nu)
+            check_rows("unit", units, case.leaves, map(operator.or_, of_mu, of_nu))
+
+
+def check_rows(name, tree, leaves, coded):
+    """One float32 for each row of a leaf with codes."""
+    for x, leaf, has_codes in zip(jax.tree.leaves(tree), leaves, coded, strict=True):
+        assert x.dtype == jnp.float32, (name, x.dtype)
+        assert x.shape == ((*leaf.shape[:-1], 1) if has_codes else ()), (name, x.shape, leaf)
 
 
 def check_structure(case, first, params, updates, states, after):
@@ -571,19 +581,22 @@ def check_moments(moments):
     """nu is never negative, codes are codes, and a maximum over time never shrinks."""
     nu, scales = moments.nu, None
     if isinstance(nu, Int8Moment):
-        nu, scales = nu
+        nu, scales, _ = nu
     nu, scales = jax.tree.leaves(nu), jax.tree.leaves(scales)
     for i, (m, v) in enumerate(zip(jax.tree.leaves(moments.mu), nu, strict=True)):
-        coded = m.dtype == jnp.int8, v.dtype == jnp.uint8
-        levels = _int8.SHARED if all(coded) else _int8.ALONE
-        if all(coded):
-            m, v = _int8.split(m.astype(np.int32), v.astype(np.int32))
-        if coded[0]:
-            largest = np.max(np.asarray(m, np.int32) % levels.mu, initial=0)
-            assert largest <= 61 * levels.mu // 64, "a code that mu does not have"
-        if coded[1]:
+        m_is_coded, v_is_coded = m.dtype == jnp.int8, v.dtype == jnp.uint8
+        byte, v = (
+            m.view(np.uint8).astype(int) if m_is_coded else 0,
+            v.astype(int) if v_is_coded else v,
+        )
+        if m_is_coded:
+            # Up to 31/32 of the 2^7 values below the sign; together with nu, the lowest bit is its.
+            largest = np.max((byte & 0x7F) >> (1 if v_is_coded else 0), initial=0)
+            assert largest <= (62 if v_is_coded else 124), "a code that mu does not have"
+        if v_is_coded:
+            v, n = (2 * v + (byte & 1), 504) if m_is_coded else (v, 252)
             # n - 1 stands for the scale. A nu that equals it but for rounding may get the next.
-            assert np.max(np.asarray(v, np.int32), initial=0) <= levels.nu, "nu beyond its scale"
+            assert np.max(v, initial=0) <= n, "nu beyond its scale"
             assert np.all(scales[i] >= 0), "a scale is negative"
         else:
             assert np.all(v >= 0), "nu is negative"
@@ -631,6 +644,10 @@ def check_leaf_steps(case, i, p, g, u, stored, count, codes):
     wide = np.complex128 if np.iscomplexobj(u) else np.float64
     m, g, u, p = (np.asarray(x, wide) for x in (stored[0], g, u, p))
     v = np.asarray(stored[-1], np.float64)
+    kept = stored_dtype(case.formats[1] if row.takes("mu_dtype") else None, leaf, real=True)
+    if kept != "uint8" and float(jnp.finfo(kept).tiny) > tiny:
+        # A nu that was too small for its dtype counts as the smallest number: mu was not too small.
+        v = np.maximum(v, float(jnp.finfo(kept).tiny))
     g = saturated(g, limit)
     unbias = lambda b, t: 1 / -np.expm1(t * np.log(b)) if b else np.ones_like(t)  # noqa: E731
     unbias_m, unbias_next = unbias(s["b1"], t), unbias(s["b1"], t + 1)

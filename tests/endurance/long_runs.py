@@ -23,7 +23,7 @@ import optax
 from jax.experimental import io_callback
 
 import adam_jax
-from adam_jax._moments import bias_correction, decay
+from adam_jax._moments import Decay, bias_correction
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
 SHAPE = (128, 32)  # the smallest leaf that is kept in int8
@@ -238,7 +238,7 @@ def unbiased_from():
     counts = np.append(np.arange(1, 2**16), 2 ** np.arange(16, 32) - 1)
     first = []
     for b in (B1, B2):
-        corrections = jax.jit(bias_correction)(decay(b), jnp.asarray(counts, jnp.float32))
+        corrections = jax.jit(bias_correction)(Decay.of(b), jnp.asarray(counts, jnp.float32))
         is_one = np.asarray(corrections) == 1
         first.append(int(counts[np.argmax(is_one)]))
         assert is_one[counts >= first[-1]].all()

@@ -103,7 +103,7 @@ def a_frozen_leaf_moves(u, new, old):
 
 
 def no_code_of_mu(u, new, old):
-    return u, with_moments(new, mu=new[0].mu.at[3, 3].set(127))  # 63 64ths, of which 61 are used
+    return u, with_moments(new, mu=new[0].mu.at[3, 3].set(127))  # 63, and up to 62 are used
 
 
 def no_code_of_nu(u, new, old):
@@ -121,7 +121,9 @@ def longer_steps(inner, g, state, params):
 
 
 def another_dtype_of_mu(inner, g, state, params):
-    u, new = inner(g, state, params)
+    # Which the next step would refuse.
+    mu = jax.tree.map(lambda m: m.astype(jnp.float32), state[0].mu)
+    u, new = inner(g, with_moments(state, mu=mu), params)
     return u, with_moments(new, mu=jax.tree.map(lambda m: m.astype(jnp.float16), new[0].mu))
 
 

@@ -32,9 +32,10 @@ def test_what_grows_is_seen():
     grown = growth(lambda _: adam._replace(update=keeping), "float32", 1000, warm_up=1)
     assert grown.arrays >= 3 * 1000
     assert grown.blocks > 1000
-    algorithm = _adam._algorithm(0.9, 0.999, 1e-8, 0.0, None, None, nesterov=False)
+    variant = _adam._variant(0.9, 0.999, 1e-8, 0.0, None, None, nesterov=False)
 
     def with_a_closure(_):
-        return _transformation.scale_by(algorithm._replace(direction=lambda g, moments, s: g))
+        algorithm = variant.algorithm._replace(direction=lambda g, moments, s: g)
+        return _transformation.scale_by(variant._replace(algorithm=algorithm))
 
     assert growth(with_a_closure, "float32", 5, warm_up=1).compiled == 5

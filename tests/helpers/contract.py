@@ -48,5 +48,5 @@ def moments_of(state):
     found = {name: optax.tree.get_all_with_path(state, name) for name in names}
     trees = {name: tree[0][1] for name, tree in found.items() if tree}
     if isinstance(trees.get("nu"), adam_jax.Int8Moment):
-        trees["nu"], trees["scales"] = trees["nu"]
+        trees["nu"], trees["scales"], trees["units"] = trees["nu"]
     return trees

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 N = 2**16
-GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
 ONE = 0x3F800000  # the pattern of 1
 
 
@@ -28,10 +27,25 @@ def mixed(x):
     return x ^ x >> 16
 
 
-def random_words(leaf, draw=0, n=N):
+def random_words(leaf, n=N):
     """The words of a leaf's elements in row-major order."""
-    key = mixed(mixed((leaf + 1) % 2**32) ^ draw * GOLDEN % 2**32)
+    key = mixed(mixed((leaf + 1) % 2**32))
     return mixed(np.arange(n, dtype=np.uint64) ^ np.uint64(key)).astype(np.int64)
+
+
+def redrawn_words(words, draw):
+    """The same words as they are drawn anew."""
+    key = mixed((draw + 1) % 2**32)
+    return (words * (key | 1) + mixed(key)) % 2**32  # in 64 bits it may wrap, by a multiple of 2^32
+
+
+def turned_words(words, step):
+    """The same words as they are turned at a step."""
+    block, turns = divmod(step, 32)
+    start = mixed((block + 1) % 2**32)
+    golden = round(2**16 * (5**0.5 - 1) / 2) * 2**16 + round(2**14 * (5**0.5 - 1) / 2)
+    direction = 1 if mixed(start) < 2**31 else -1
+    return (words + start + direction * turns * golden) % 2**32
 
 
 def centred_noise(words):

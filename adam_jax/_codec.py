@@ -1,0 +1,413 @@
+"""One leaf's moments, as they are stored and as numbers.
+
+Codes of 8 bits come from the bit pattern of a float32 by a few integer operations. As an integer, a
+pattern is a logarithm to base 2 that is linear between powers of two. So a ninth of it is nearly a
+ninth root, and its negative nearly a reciprocal:
+
+    pattern(root(z)) = pattern(1) - (pattern(1) - pattern(z)) / 9
+    pattern(reciprocal(w)) = 2 pattern(1) - pattern(w)
+
+Both are monotone, can be inverted exactly, and are linear between the numbers that have codes.
+Decoding is linear between neighbouring codes, so unbiased rounding of the code is unbiased rounding
+of the value. nu counts in its row's scale s, and mu in q:
+
+    root(nu / s) = (c + 1) / n                       c = 0 ... n - 1
+    reciprocal(4 |mu| / q + 1) = 1 - c / n           c = 0 ... 31/32 n, and a sign
+    q = unit 2^floor(log2(nu / s) / 2)
+    unit = 8.4 sqrt((1 - b1) / (1 + b1)) h(t) sqrt(s)          h(t) = (1 - b1^t) / sqrt(1 - b2^t)
+
+Each row stores its scale and its unit, so that codes mean the same at any count and with any betas.
+n says how fine the codes are: 504 or 252 for nu, 64 or 128 for mu. Division by q is exact, because
+it is a power of two but for the unit, and q is nearly proportional to sqrt(nu). h(t) is by how much
+mu runs ahead of sqrt(nu) in the first steps, and sqrt((1 - b1) / (1 + b1)) how much smaller mu is
+where gradients are noise.
+
+For n = 504, codes of nu are 1/56 to 1/28 of it apart down to s / 2^9, twice as far down to
+s / 2^18, and so on; the smallest is s / 2^80. Those of mu are q / 2n apart up to q / 4, four times
+as far up to 3/4 q, and so on up to 7.75 q. docs/formats.md proves the bounds.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from adam_jax._moments import Decay, arithmetic_dtype, bias_correction
+from adam_jax._rounding import join, mix, nearest, random_bits, redrawn, split, turned
+from adam_jax._types import Codes, Leaf, RealLeaf, Scalar, Word, Words
+
+_ONE = np.uint32(0x3F800000)  # the bit pattern of 1
+_TWO = np.uint32(0x40000000)
+_ROOT = np.uint32(9)
+_ROOT_OF_ONE = _ONE - _ONE // _ROOT  # makes the ninth part of a pattern the pattern of a root
+# The ninth power of its product with the float32 next to 64/63 is 1 to within 1e-7; that of 63/64
+# itself is further off, by which each rounding would be biased.
+_LEVELS = np.nextafter(np.float32(63 / 64), np.float32(0))
+_CHECKSUM = np.uint32(0xFFF)
+
+Moments = tuple[Leaf, RealLeaf, *tuple[RealLeaf, ...]]  # of one leaf: mu, nu and others
+
+
+class Rows(NamedTuple):
+    """What the codes of each row count in: float32, shape (..., 1).
+
+    Of shape () where nothing counts in it, and None in a state without codes.
+    """
+
+    scale: Any = None  # nu's
+    unit: Any = None  # mu's, with a checksum
+
+
+class Stored(NamedTuple):
+    """One leaf of a state. Its dtypes tell the format. All are None for a parameter None."""
+
+    mu: Any  # Leaf, or int8 codes
+    nu: Any  # RealLeaf, or uint8 codes
+    others: tuple[Any, ...] = ()  # as nu
+    rows: Rows = Rows()
+
+
+class Draw(NamedTuple):
+    """Which random numbers the rounding of a leaf takes."""
+
+    leaf: Word  # the position of the leaf in its tree
+    step: Word
+
+    def in_turn(self, shape: tuple[int, ...]) -> Words:
+        """Returns random words whose halves fill the range evenly over a few steps."""
+        return turned(random_bits(shape, self.leaf), self.step)
+
+    def independent(self, shape: tuple[int, ...]) -> Words:
+        """Returns random words that are independent of those of other steps."""
+        return redrawn(random_bits(shape, self.leaf), self.step)
+
+
+class FloatMu(NamedTuple):
+    """mu in a floating dtype. bfloat16 is rounded stochastically, others to nearest."""
+
+    dtype: np.dtype[Any]
+
+    def read(self, stored: Leaf, root: RealLeaf, unit: RealLeaf | None, dtype: DTypeLike) -> Leaf:
+        """Returns mu in the arithmetic's dtype."""
+        return _widen(stored, dtype)
+
+    def write(
+        self, mu: Leaf, root: RealLeaf, unit: RealLeaf | None, draw: Draw | None
+    ) -> tuple[Leaf, Leaf]:
+        """Returns what is stored, and what `read` makes of it."""
+        stored = _rounded(mu, self.dtype, draw and draw.independent(mu.shape))
+        return stored, _widen(stored, mu.dtype)
+
+
+class FloatNu(NamedTuple):
+    """nu in a floating dtype, as `FloatMu`. mu's codes may count in roots of it."""
+
+    dtype: np.dtype[Any]
+
+    def read(
+        self, stored: RealLeaf, scale: RealLeaf | None, dtype: DTypeLike
+    ) -> tuple[RealLeaf, RealLeaf]:
+        """Returns nu, and the power of two below its root; NaN if nu is not finite."""
+        nu = _not_underflown(_widen(stored, dtype), self.dtype)
+        return nu, _finite(nu, _root_of_power(_pattern(nu), nu))
+
+    def write(
+        self, nu: RealLeaf, scale: RealLeaf | None, draw: Draw | None
+    ) -> tuple[RealLeaf, RealLeaf, RealLeaf]:
+        """Returns what is stored, and what `read` makes of it."""
+        words = draw and draw.independent(nu.shape) << np.uint32(16)
+        stored = _rounded(nu, self.dtype, words)
+        return stored, *self.read(stored, scale, nu.dtype)
+
+
+class Int8Nu(NamedTuple):
+    """nu in codes of 8 bits, or of 9 where mu's byte has the lowest of them.
+
+    There are 63/64 as many codes as bits could tell apart, so that powers of two have codes.
+    """
+
+    bits: int
+
+    def read(self, word: Words, scale: RealLeaf, dtype: DTypeLike) -> tuple[RealLeaf, RealLeaf]:
+        """Returns nu, and the power of two below the root of nu / s.
+
+        The upper bits of a float32's mantissa have the code: `word` is a number from 1 to 2.
+        """
+        root = (_number(word) - np.float32(1 - 2.0**-self.bits)) * np.float32(64 / 63)
+        pattern = _pattern(root) * _ROOT - np.uint32((int(_ROOT) - 1) * int(_ONE) % 2**32)
+        z = _number(pattern)
+        nu = _not_underflown(z.astype(dtype) * scale, np.float32)
+        return nu, _root_of_power(pattern, z).astype(dtype)
+
+    def write(self, nu: RealLeaf, scale: RealLeaf, draw: Draw) -> tuple[Words, RealLeaf, RealLeaf]:
+        """Returns the word with the code, and what `read` makes of it; nu is at most the scale."""
+        z = nu * (1 / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
+        root = _number(jax.lax.div(_pattern(z.astype(jnp.float32)), _ROOT) + _ROOT_OF_ONE)
+        # What is less than the smallest code counts as much, 0 too.
+        place = jnp.maximum(root * _LEVELS + np.float32(1 - 2.0**-self.bits), 1)
+        words = draw.in_turn(nu.shape)
+        noise = words & np.uint32(2**14 - 1)
+        if self.bits == 8:
+            noise = noise << np.uint32(1) | words >> np.uint32(31)
+        word = _rounded_up_or_down(place, self.bits, noise)
+        return word, *self.read(word, scale, nu.dtype)
+
+
+class Int8Mu(NamedTuple):
+    """mu in a sign and 7 bits, or 6 where the byte has one of nu's."""
+
+    bits: int
+
+    @property
+    def mask(self) -> np.uint32:
+        """Where a byte has the magnitude."""
+        return np.uint32(0x80 - 2 ** (7 - self.bits))
+
+    def read(self, byte: Codes, root: RealLeaf, unit: RealLeaf, dtype: DTypeLike) -> RealLeaf:
+        """Returns mu, given the root of nu that `read` returns for it."""
+        word = jax.lax.bitcast_convert_type(byte.astype(jnp.int32), jnp.uint32)
+        place = _number(word << np.uint32(16) & self.mask << np.uint32(16) | _TWO)
+        return _from_reciprocal(place, word, root * unit)
+
+    def write(
+        self, mu: RealLeaf, root: RealLeaf, unit: RealLeaf, draw: Draw
+    ) -> tuple[Words, RealLeaf]:
+        """Returns a word with the byte, and what `read` makes of it.
+
+        |mu| counts as at most 7.75 q.
+        """
+        inverse = _inverse(root) * (1 / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
+        w = jnp.minimum((jnp.abs(mu) * inverse).astype(jnp.float32) + 0.25, 8)
+        place = 4 - _halved_reciprocal(w)
+        noise = draw.in_turn(mu.shape) >> np.uint32(9 + self.bits)
+        word = _rounded_up_or_down(place, self.bits, noise)
+        sign = _pattern(mu.astype(jnp.float32)) & np.uint32(2**31)
+        return word + (sign >> np.uint32(8)), _from_reciprocal(_number(word), sign, root * unit)
+
+
+class Codec(NamedTuple):
+    """The format of one leaf."""
+
+    mu: FloatMu | Int8Mu
+    nu: FloatNu | Int8Nu
+
+    @property
+    def mu_is_coded(self) -> bool:
+        """Whether mu is in codes, which count in units."""
+        return isinstance(self.mu, Int8Mu)
+
+    @property
+    def nu_is_coded(self) -> bool:
+        """Whether nu is in codes, which count in scales."""
+        return isinstance(self.nu, Int8Nu)
+
+    @property
+    def coded(self) -> bool:
+        """Whether a moment is in codes."""
+        return self.mu_is_coded or self.nu_is_coded
+
+    @property
+    def random(self) -> bool:
+        """Whether anything is rounded stochastically."""
+        return self.coded or np.dtype(jnp.bfloat16) in self.float_dtypes
+
+    @property
+    def float_dtypes(self) -> list[np.dtype[Any]]:
+        """The dtypes of the moments and scales that are floating-point numbers."""
+        scales = [np.dtype(np.float32)] if self.nu_is_coded else []
+        return [x.dtype for x in (self.mu, self.nu) if isinstance(x, FloatMu | FloatNu)] + scales
+
+    @property
+    def _joint(self) -> bool:
+        return self.mu_is_coded and self.nu_is_coded
+
+    def read(self, stored: Stored, dtype: DTypeLike) -> Moments:
+        """Returns mu, nu and others, in the arithmetic's real dtype."""
+        rows = self.opened(stored.rows, dtype)
+        nu, root = self.nu.read(self._nu_word(stored), rows.scale, dtype)
+        mu = self.mu.read(stored.mu, root, rows.unit, dtype)
+        return (mu, nu, *(_widen(x, dtype) for x in stored.others))
+
+    def nu_at_smallest(self, stored: Stored) -> jax.Array:
+        """Returns where nu is the smallest number that its format has: code 0, or 0."""
+        return self._nu_word(stored) == (_ONE if self.nu_is_coded else 0)
+
+    def _nu_word(self, stored: Stored) -> jax.Array:
+        """Returns nu, or a word with its code below the exponent of a float32."""
+        if not self.nu_is_coded:
+            return stored.nu
+        code = stored.nu.astype(jnp.uint32) << np.uint32(1)
+        if self.mu_is_coded:
+            code = code + (stored.mu.astype(jnp.uint32) & np.uint32(1))
+        return (code << np.uint32(14)) + _ONE
+
+    def write(
+        self, moments: Moments, like: Stored, rows: Rows, draw: Any
+    ) -> tuple[Stored, Moments]:
+        """Returns one leaf's moments as they are stored, and what `read` will make of them.
+
+        No row's scale is less than its largest nu. `draw` may be None unless `random`. Moments
+        beyond the second are rounded to nearest.
+        """
+        mu, nu, *others = moments
+        scale, unit = self.opened(rows, nu.dtype)
+        new_nu, nu, root = self.nu.write(nu, scale, draw)
+        new_mu, mu = self.mu.write(mu, root, unit, draw)
+        new_others = tuple(nearest(x, y.dtype) for x, y in zip(others, like.others, strict=True))
+        if self._joint:
+            new_mu = new_mu + ((new_nu & np.uint32(2**14)) << np.uint32(2))
+        if self.mu_is_coded:
+            byte = (new_mu >> np.uint32(16)).astype(jnp.uint8)
+            new_mu = jax.lax.bitcast_convert_type(byte, jnp.int8)
+        if self.nu_is_coded:
+            new_nu = (new_nu >> np.uint32(15)).astype(jnp.uint8)
+        values = (mu, nu, *(_widen(x, nu.dtype) for x in new_others))
+        return Stored(new_mu, new_nu, new_others, rows), values
+
+    def joined(self, stored: Stored) -> Any:
+        """Returns stored moments without rows, and codes of both in one array."""
+        if not self._joint:
+            return stored[:3]
+        high = jax.lax.bitcast_convert_type(stored.mu, jnp.uint8).astype(jnp.uint16)
+        return high << np.uint16(8) | stored.nu.astype(jnp.uint16)
+
+    def parted(self, joined: Any, rows: Rows) -> Stored:
+        """Returns what `joined` was given."""
+        if not self._joint:
+            return Stored(joined[0], joined[1], joined[2], rows)
+        high = (joined >> np.uint16(8)).astype(jnp.uint8)
+        mu = jax.lax.bitcast_convert_type(high, jnp.int8)
+        return Stored(mu, joined.astype(jnp.uint8), (), rows)
+
+    def sealed(self, scale: RealLeaf | None, unit: RealLeaf, like: Rows) -> Rows:
+        """Returns rows as they are stored, in float32, the lowest 12 bits of the unit a checksum.
+
+        Whoever averages states over replicas, or edits scales, changes what codes mean. Codes have
+        no average, and without a checksum nobody would notice.
+        """
+        scale = like.scale if scale is None else scale.astype(jnp.float32)
+        upper = _pattern(unit.astype(jnp.float32)) & ~_CHECKSUM
+        return Rows(scale, _number(upper | self._checksum(upper, scale)))
+
+    def opened(self, rows: Rows, dtype: DTypeLike) -> Rows:
+        """Returns what `sealed` was given, with NaN where the checksum is wrong.
+
+        A unit of 0 is that of a row without a step, whose codes are 0 in any format.
+        """
+        if not self.coded or rows.unit is None:
+            return rows
+        pattern = _pattern(rows.unit)
+        upper = pattern & ~_CHECKSUM
+        valid = (pattern & _CHECKSUM == self._checksum(upper, rows.scale)) | (pattern == 0)
+        unit = jnp.where(valid, _number(upper), np.float32(np.nan)).astype(dtype)
+        scale = rows.scale
+        if self.nu_is_coded and scale is not None:
+            scale = jnp.where(valid, scale, np.float32(np.nan)).astype(dtype)
+            scale = _not_underflown(scale, np.float32)
+        return Rows(scale, unit)
+
+    def _checksum(self, upper: Words, scale: RealLeaf | None) -> Words:
+        # Another one for each format: a checkpoint may be restored, and cast, onto another.
+        upper = upper | np.uint32(self.mu_is_coded + 2 * self.nu_is_coded)
+        if self.nu_is_coded and scale is not None:
+            upper = upper ^ _pattern(scale)
+        return mix(upper) & _CHECKSUM
+
+
+def codec_of(stored: Stored) -> Codec:
+    """Returns the format of a leaf, which its dtypes tell: nothing else looks at them."""
+    mu, nu = stored.mu.dtype == jnp.int8, stored.nu.dtype == jnp.uint8
+    # nu forgets slowly, and its rounding errors add up over 1 / (1 - b2) steps, those of mu over
+    # 1 / (1 - b1). With 7 bits for mu and 9 for nu the step is more exact than with 8 and 8.
+    return Codec(
+        Int8Mu(6 if nu else 7) if mu else FloatMu(stored.mu.dtype),
+        Int8Nu(9 if mu else 8) if nu else FloatNu(stored.nu.dtype),
+    )
+
+
+def unit_of_mu(b1: Decay, b2: Decay, t: RealLeaf) -> Scalar:
+    """Returns what mu's codes count in at step t, in units of the root of a row's scale.
+
+    7.75 q is then the most that gradients can make of mu for b2 up to 0.999.
+    """
+    one_minus_b1 = jnp.maximum(b1.one_minus_b, 0.01)
+    noise = jnp.sqrt(one_minus_b1 / (2 - one_minus_b1))
+    return 8.4 * noise * bias_correction(b1, t) / jnp.sqrt(bias_correction(b2, t))
+
+
+def _rounded_up_or_down(place: RealLeaf, bits: int, noise: Words) -> Words:
+    """Rounds numbers stochastically to `bits` of their mantissa, and returns their patterns.
+
+    `noise` is uniform in what is below these bits.
+    """
+    return _pattern(place) + noise & ~np.uint32(2 ** (23 - bits) - 1)
+
+
+def _from_reciprocal(place: RealLeaf, sign: Words, q: RealLeaf) -> RealLeaf:
+    x = _pattern(_halved_reciprocal(4 - place) - 0.25) | sign & np.uint32(2**31)
+    return _number(x).astype(q.dtype) * q
+
+
+def _halved_reciprocal(x: RealLeaf) -> RealLeaf:
+    """Returns 1 / 2x, roughly."""
+    return _number(np.uint32(2 * int(_ONE) - (1 << 23)) - _pattern(x))
+
+
+def _root_of_power(pattern: jax.Array, like: RealLeaf) -> RealLeaf:
+    """Returns 2^floor(k/2) for the pattern of a number from 2^k to 2^(k+1)."""
+    one = _pattern_of_one(like.dtype)
+    exponent = np.array(np.inf, like.dtype).view(one.dtype)
+    root = (pattern >> one.dtype.type(1)) + one // one.dtype.type(2)
+    return jax.lax.bitcast_convert_type(root & exponent, like.dtype)
+
+
+def _inverse(power: RealLeaf) -> RealLeaf:
+    """Returns 1 / 2^k, exactly, and NaN for NaN."""
+    pattern = 2 * int(_pattern_of_one(power.dtype))
+    word = _pattern(power)
+    return jax.lax.bitcast_convert_type(np.array(pattern, word.dtype) - word, power.dtype)
+
+
+def _not_underflown(nu: RealLeaf, stored: DTypeLike) -> RealLeaf:
+    """Returns nu, if in float64 at least the smallest number of the dtype in which it is stored.
+
+    A smaller nu has become 0 there, while mu in float64 has not, and steps would have no bound.
+    """
+    smallest = jnp.finfo(stored).tiny
+    if jnp.finfo(nu.dtype).tiny == smallest:
+        return nu
+    return jnp.maximum(nu, np.array(smallest, nu.dtype))
+
+
+def _finite(x: RealLeaf, value: RealLeaf) -> RealLeaf:
+    return jnp.where(jnp.isfinite(x), value, np.array(np.nan, value.dtype))
+
+
+def _pattern_of_one(dtype: DTypeLike) -> Any:
+    one = np.ones((), dtype)
+    return one.view(f"uint{8 * one.itemsize}")
+
+
+def _pattern(x: RealLeaf) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def _number(pattern: Words) -> RealLeaf:
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+
+
+def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return x.astype(arithmetic_dtype(x.dtype, dtype))
+
+
+def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None) -> Leaf:
+    """Rounds to nearest, and to bfloat16 stochastically."""
+    # A moment that moves by less than half an ulp a step would, to nearest, never move.
+    if dtype != jnp.bfloat16 or words is None:
+        return nearest(x, dtype)
+    rounded, _ = split(x.astype(jnp.float32), dtype, 0, words)
+    # The cast changes nothing but makes XLA on CPU keep the result, which it would otherwise
+    # compute again for the step, with a copy of the old moment.
+    return join(rounded).astype(dtype)

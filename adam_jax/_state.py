@@ -1,0 +1,136 @@
+"""Between the trees of a state and its leaves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from adam_jax._checks import keystr, leaf_path
+from adam_jax._codec import Rows, Stored
+from adam_jax._storage import Int8Moment
+
+T = TypeVar("T")
+WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
+
+
+def states_of(kind: type[T] | tuple[type[T], ...], state: Any) -> list[T]:
+    """Returns all states of a kind in an optimizer's state, at any depth."""
+    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
+    return list(filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))
+
+
+def states_with_moments(state: Any) -> list[Any]:
+    """Returns those of `scale_by_adam`, `scale_by_amsgrad` and `scale_by_adamax`."""
+    found = states_of(WITH_MOMENTS, state)
+    if not found:
+        raise ValueError(
+            f"found no state of scale_by_adam, scale_by_amsgrad or scale_by_adamax in "
+            f"{type(state).__name__}. A checkpoint restored without a target loses its types: "
+            "restore it onto a state from init."
+        )
+    return found
+
+
+def only_state(kind: type[T], wrapper: str, state: Any) -> T:
+    """Returns the state of this kind in an optimizer's state, if there is just one."""
+    found = states_of(kind, state)
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one {wrapper} state, found {len(found)} in {type(state).__name__}. Pass "
+            f"the state of an optimizer that {wrapper} wraps."
+        )
+    return found[0]
+
+
+def map_states(
+    function: Callable[[T], Any], kind: type[T] | tuple[type[T], ...], state: Any
+) -> Any:
+    """Returns a state in which those of a kind are replaced, at any depth."""
+    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
+    return jax.tree.map(lambda x: function(x) if is_kind(x) else x, state, is_leaf=is_kind)
+
+
+def leaves_of(state: Any, flatten: Callable[[Any, str, bool], list[Any]]) -> list[Stored]:
+    """Returns the leaves of a state with moments.
+
+    `flatten` takes a tree apart, and is told its name for errors, and whether it is one without
+    boxes: see `unboxed`.
+    """
+    mu = flatten(state.mu, "mu", False)
+    others = [flatten(getattr(state, name), name, False) for name in state._fields[3:]]
+    nu, scales, units = state.nu, [None] * len(mu), [None] * len(mu)
+    if isinstance(nu, Int8Moment):
+        nu, scales, units = nu
+        scales = flatten(scales, "nu.scales", True)
+        units = flatten(units, "nu.units", True)
+        nu = flatten(nu, "nu.codes", False)
+    else:
+        nu = flatten(nu, "nu", False)
+    others = list(zip(*others, strict=True)) if others else [()] * len(mu)
+    return [
+        Stored(mu, nu, others, Rows(scale, unit))
+        for mu, nu, others, scale, unit in zip(mu, nu, others, scales, units, strict=True)
+    ]
+
+
+def with_leaves(
+    state: Any, leaves: Sequence[Stored], treedef: Any, plain: Any, *, int8: bool
+) -> Any:
+    """Returns a state with other moments. `plain` is the tree definition without boxes."""
+    nu = treedef.unflatten([leaf.nu for leaf in leaves])
+    if int8:
+        nu = Int8Moment(
+            nu,
+            plain.unflatten([leaf.rows.scale for leaf in leaves]),
+            plain.unflatten([leaf.rows.unit for leaf in leaves]),
+        )
+    others = {
+        name: treedef.unflatten([leaf.others[i] for leaf in leaves])
+        for i, name in enumerate(state._fields[3:])
+    }
+    return state._replace(mu=treedef.unflatten([leaf.mu for leaf in leaves]), nu=nu, **others)
+
+
+def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False) -> list[Any]:
+    """Returns the value that `prefix`, a tree prefix of `tree`, gives to each leaf of `tree`."""
+    try:
+        spread = jax.tree.map(
+            lambda value, subtree: jax.tree.map(lambda _: value, subtree, is_leaf=is_none),
+            prefix,
+            tree,
+            is_leaf=is_none,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be one value or a tree prefix of the parameters: {error}"
+        ) from error
+    values = jax.tree.leaves(spread, is_leaf=is_none)
+    for i, leaf in enumerate(jax.tree.leaves(tree, is_leaf=is_none)):
+        if values[i] is None and leaf is not None and not none_is_a_value:
+            raise ValueError(
+                f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient."
+            )
+    return values
+
+
+def is_none(x: Any) -> bool:
+    """Whether x is None, for trees in which None is a leaf."""
+    return x is None
+
+
+def unboxed(tree: Any, keep: Callable[[Any], bool] = lambda leaf: False) -> Any:
+    """Returns a tree without the boxes that frameworks put around arrays.
+
+    Flax has a box around each parameter that says how its axes are sharded (`nnx.Variable`,
+    `nn.Partitioned`). An array of another shape in such a box, like the scales of rows, would be
+    sharded as the parameter. A box is a node with a leaf alone in it, which is no container of
+    Python's. Those of leaves to `keep` stay.
+    """
+    children, node = jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+    if jax.tree_util.treedef_is_leaf(node):
+        return tree
+    is_box = len(children) == 1 and not isinstance(tree, list | tuple | Mapping)
+    if is_box and jax.tree_util.treedef_is_leaf(jax.tree.structure(children[0])):
+        return tree if keep(children[0]) else children[0]
+    return node.unflatten([unboxed(child, keep) for child in children])

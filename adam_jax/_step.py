@@ -1,0 +1,211 @@
+"""One leaf's step, from its gradient and stored moments to its update and new moments."""
+
+# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from adam_jax._codec import Codec, Draw, Moments, Rows, Stored, unit_of_mu
+from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
+from adam_jax._types import Leaf, RealLeaf
+
+
+class Algorithm(NamedTuple):
+    """A variant of Adam, as one leaf sees it."""
+
+    # All three are functions of a module, never closures: jit caches by their identity.
+    scalars: Callable[..., Any]  # (count, **hyperparameters) -> what a step needs of them
+    advance: Callable[[Leaf, Moments, Any], Moments]  # (gradient, moments, scalars) -> new moments
+    direction: Callable[[Leaf, Moments, Any], Leaf]  # (gradient, new moments, scalars)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """A tree of scalars as one array, so that each leaf's step has one argument and not a dozen.
+
+    What a call takes to trace, to lower and to dispatch grows with its arguments. The compiler
+    takes the array apart again.
+    """
+
+    values: jax.Array
+    tree: Any  # its jax.tree_util.PyTreeDef
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def unpack(self, dtype: DTypeLike) -> Any:
+        """Returns the tree."""
+        return self.tree.unflatten(self.values.astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def scalars_of(
+    algorithm: Algorithm, hyperparameters: dict[str, Any], count: jax.Array, coded: bool
+) -> Scalars:
+    """Returns what all leaves' steps have in common: the algorithm's scalars and mu's unit."""
+    dtype = jnp.result_type(float)
+    hyperparameters = jax.tree.map(
+        lambda x: x if x.dtype == bool else x.astype(dtype),
+        jax.tree.map(jnp.asarray, hyperparameters),
+    )
+    t = count.astype(dtype)
+    unit = unit_of_mu(hyperparameters["b1"], hyperparameters["b2"], t) if coded else 0.0
+    leaves, tree = jax.tree.flatten((algorithm.scalars(t, **hyperparameters), unit))
+    return Scalars(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def leaf_step(
+    algorithm: Algorithm,
+    codec: Codec,
+    gradient: Leaf,
+    stored: Stored,
+    scalars: Scalars,
+    draw: Draw | None,
+    param: Leaf | None,
+    learning_rate: jax.Array | None,
+    weight_decay: jax.Array | None,
+) -> tuple[Leaf, Stored]:
+    """Returns one leaf's update and its new moments.
+
+    Jitted by itself: traced once per shape, and one call in eager use.
+    """
+    wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
+    real = real_dtype(wide)
+    narrowest = min(codec.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+
+    def saturated(gradient: Leaf) -> Leaf:
+        # Where rows have a scale, infinity and NaN are in the scale.
+        return saturate(gradient.astype(wide), narrowest, passing=not codec.nu_is_coded)
+
+    # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
+    with jax.numpy_dtype_promotion("standard"):
+        s, unit = scalars.unpack(real)
+        g = gradient
+        if codec.random:
+            # Stochastic rounding is a step function: derivatives end here.
+            g, stored = jax.lax.stop_gradient((g, stored))
+        rows = stored.rows
+        if codec.coded:
+            rows = _new_rows(algorithm, codec, g.astype(wide), rows, s, unit, narrowest)
+
+        def advanced(
+            g: Leaf, stored: Stored, rows: Rows, draw: Draw | None
+        ) -> tuple[Stored, Moments]:
+            moments = algorithm.advance(saturated(g), codec.read(stored, real), s)
+            return codec.write(moments, stored, rows, draw)
+
+        new, moments = _in_one_pass(codec, advanced, real, g, stored, rows, draw)
+        # The direction is that of the moments as they are stored, so that a step needs no others.
+        update = algorithm.direction(saturated(gradient), moments, s)
+        if weight_decay is not None and param is not None:
+            update = update + weight_decay.astype(real) * param.astype(wide)
+        if learning_rate is not None:
+            update = -learning_rate.astype(real) * update
+    return update.astype(gradient.dtype), new
+
+
+def _new_rows(
+    algorithm: Algorithm,
+    codec: Codec,
+    gradient: Leaf,
+    old: Rows,
+    s: Any,
+    unit: RealLeaf,
+    narrowest: DTypeLike,
+) -> Rows:
+    """Returns what the new codes count in, which is known before they are."""
+    old = codec.opened(old, unit.dtype)  # NaN, for good, if the checksum is wrong
+    if not codec.nu_is_coded:
+        return codec.sealed(None, jnp.where(jnp.isnan(old.unit), old.unit, unit), old)
+    # The same average, of each row's largest gradient: never less than any of its nu.
+    largest = _largest(gradient, narrowest)
+    # In `jax.shard_map`, over the axes of the mesh that divide the rows.
+    if divided := _varying(largest) - _varying(old.scale):
+        largest = jax.lax.pmax(largest, tuple(divided))
+    _, scale = algorithm.advance(largest, (jnp.zeros_like(old.scale), old.scale), s)
+    root = jnp.sqrt(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
+    return codec.sealed(scale, unit * root, old)
+
+
+def check_shard_map() -> None:
+    """Raises ValueError inside a `jax.shard_map` that does not track what varies over its axes."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if axes and not _varying(jax.lax.axis_index(axes[0])):
+        raise ValueError(
+            "moments in int8 have one scale for each row, and with jax.shard_map(check_vma=False) "
+            f"nothing tells which of the axes {', '.join(axes)} divide the rows. Leave check_vma "
+            "at True."
+        )
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    """Returns the axes of a `jax.shard_map` over which x varies."""
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):  # since JAX 0.10
+        return aval.manual_axis_type.varying
+    return aval.vma
+
+
+def _largest(gradient: Leaf, narrowest: DTypeLike) -> RealLeaf:
+    """Returns each row's largest saturated magnitude, and NaN where there is one.
+
+    As integers, patterns of numbers that are not negative have the order of the numbers, and those
+    of NaN come last. A maximum of floats in which XLA for CPU uses vectors loses NaN.
+    """
+    is_complex = jnp.iscomplexobj(gradient)
+    magnitude = jnp.abs(saturate(gradient, narrowest) if is_complex else gradient)
+    if is_complex:  # a root, rounded: its square must not be less than the sum of squares
+        magnitude = magnitude * (1 + 4 * jnp.finfo(magnitude.dtype).eps)
+    word = f"int{jnp.finfo(magnitude.dtype).bits}"
+    pattern = jnp.max(jax.lax.bitcast_convert_type(magnitude, word), axis=-1, keepdims=True)
+    largest = jax.lax.bitcast_convert_type(pattern, magnitude.dtype)
+    return largest if is_complex else saturate(largest, narrowest)
+
+
+def _in_one_pass(
+    codec: Codec,
+    advanced: Callable[..., tuple[Stored, Moments]],
+    dtype: DTypeLike,
+    gradient: Leaf,
+    stored: Stored,
+    rows: Rows,
+    draw: Draw | None,
+) -> tuple[Stored, Moments]:
+    """Returns advanced(gradient, stored, rows, draw), in the form that each compiler needs.
+
+    XLA for CPU makes one pass for each output of a step, and would decode, average and encode
+    anew in each of them, with copies of the old moments for those that come too late. It does not
+    look through a condition, even one that always holds; only the codes pass it. XLA for TPU makes
+    one pass of a step if everything after it starts from the codes. XLA for GPU does so anyway,
+    and there it costs less to go on from the values.
+    """
+    args = gradient, stored, rows, draw
+    if draw is None or not codec.coded:
+        return advanced(*args)
+    step = draw.step
+
+    def and_moments(stored: Stored) -> tuple[Stored, Moments]:
+        return stored, codec.read(stored, dtype)
+
+    def on_cpu(*args: Any) -> tuple[Stored, Moments]:
+        joined = jax.lax.cond(
+            step > 0,
+            lambda *args: codec.joined(advanced(*args)[0]),
+            lambda gradient, stored, rows, draw: codec.joined(stored),
+            *args,
+        )
+        return and_moments(codec.parted(joined, rows))
+
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=on_cpu,
+        tpu=lambda *args: and_moments(advanced(*args)[0]),
+        default=advanced,
+    )
