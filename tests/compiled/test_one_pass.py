@@ -106,6 +106,7 @@ def test_what_is_not_donated_is_found(target):
         "[1][0].mu[0]",
         "[1][0].nu.codes[0]",
         "[1][0].nu.scales[0]",
+        "[1][0].nu.units[0]",
     ]
 
 

@@ -81,8 +81,8 @@ def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, kind):
     compiled = compiled_step(step, params, state, placed(params, parts))
     memory = compiled.memory_analysis()
     assert memory is not None
-    # The scales of rows that are divided are not: 4 bytes for each row of the embedding's 768.
-    rows = 4 * SHAPES[1][0] if kind != "float32" else 0
+    # What belongs to divided rows is not: 8 bytes for each row of the embedding's 768.
+    rows = 8 * SHAPES[1][0] if kind != "float32" else 0
     expected = bytes_of(params) + (bytes_of(params) + bytes_of(state)) / mesh.size + rows
     # A TPU keeps arrays in tiles: an embedding's part of 48 columns takes the room of 128.
     padding = 1.02 if topology == "v5e:2x2" else 1.25
