@@ -46,7 +46,7 @@ class Scalars:
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def scalars_of(
-    algorithm: Algorithm, hyperparameters: dict[str, Any], count: jax.Array, coded: bool
+    scalars: Callable[..., Any], hyperparameters: dict[str, Any], count: jax.Array, coded: bool
 ) -> Scalars:
     """Returns what all leaves' steps have in common: the algorithm's scalars and mu's unit."""
     dtype = jnp.result_type(float)
@@ -56,7 +56,7 @@ def scalars_of(
     )
     t = count.astype(dtype)
     unit = unit_of_mu(hyperparameters["b1"], hyperparameters["b2"], t) if coded else 0.0
-    leaves, tree = jax.tree.flatten((algorithm.scalars(t, **hyperparameters), unit))
+    leaves, tree = jax.tree.flatten((scalars(t, **hyperparameters), unit))
     return Scalars(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
 
 

@@ -178,7 +178,9 @@ def _update(
     if decays is not None:
         param_leaves = flatten_up_to(treedef, gradients, params, "params")
     count = jnp.asarray(optax.safe_increment(state.count))
-    scalars = scalars_of(variant.algorithm, variant.hyperparameters, count, _stores_int8(variant))
+    scalars = scalars_of(
+        variant.algorithm.scalars, variant.hyperparameters, count, _stores_int8(variant)
+    )
     names = variant.state._fields[1:]
     outcome: list[tuple[Any, Stored]] = []
     for i, (g, stored) in enumerate(zip(gradient_leaves, stored_leaves, strict=True)):
