@@ -126,8 +126,8 @@ def test_the_wheel_trains_where_only_its_dependencies_are(built, tmp_path):
 
     assert Path(found["file"]).is_relative_to(environment)
     assert found["typed"]
-    # A float32 for each row of 256, and a few counts.
-    assert found["bytes"] == pytest.approx(7 + 4 / 256, abs=0.001)
+    # A scale and a unit for each row of 256, and a few counts.
+    assert found["bytes"] == pytest.approx(7 + 8 / 256, abs=0.001)
     # From 1, Adam's first step is the learning rate; weights have 16 bits, codes of moments 8.
     assert 0.98 < found["least"] <= found["largest"] < 0.995
     assert found["version"] == adam_jax.__version__
