@@ -19,7 +19,7 @@ _BLOCK = 32  # steps that a phase turns before it starts anew
 
 
 def random_bits(shape: tuple[int, ...], leaf: int | Word) -> Words:
-    """Returns 32 random bits for every element of a leaf: a hash of (leaf, coordinates).
+    """Hashes leaf and coordinates to 32 random bits for each element.
 
     Coordinates enter as the element's index in row-major order, modulo 2^32. The leaf is hashed
     to a key that is xored to it: added, it would only shift the same sequence.
@@ -46,7 +46,7 @@ def mix(x: Words) -> Words:
 
 
 def redrawn(phase: Words, draw: Word) -> Words:
-    """Returns other bits for every draw, all of them independent: for one multiplication."""
+    """Returns independent bits for each draw, at the cost of one multiplication."""
     key = mix(draw.astype(jnp.uint32) + np.uint32(1))
     return phase * (key | np.uint32(1)) + mix(key)
 
@@ -55,8 +55,8 @@ def turned(phase: Words, step: Word) -> Words:
     """Returns both 16-bit halves of a phase turned by the golden ratio at each step.
 
     2^16 is a whole turn. Over a few steps the fractions of a turn fill [0, 1) more evenly than
-    independent draws, so that the errors of roundings cancel. For ever, they would follow the
-    rhythm of periodic gradients. So every 32 steps the phase starts anew, in a random place and a
+    independent draws, so that the errors of roundings cancel. Without end, they would resonate
+    with periodic gradients. So every 32 steps the phase starts anew, in a random place and a
     random direction.
     """
     step = step.astype(jnp.uint32)

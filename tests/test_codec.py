@@ -310,7 +310,7 @@ BFLOAT16 = FloatNu(np.dtype(jnp.bfloat16))
 FORMATS_OF_NU = {"bfloat16": BFLOAT16, "int8 in 9 bits": Int8Nu(9), "int8 in 8 bits": Int8Nu(8)}
 # By how much the mean of nu may be off: what docs/formats.md promises.
 OFF = {"bfloat16": 0.005, "int8 in 9 bits": 0.01, "int8 in 8 bits": 0.01}
-CHUNK = 500  # steps that random words are drawn for at once
+CHUNK = 500  # steps whose random words are drawn together
 
 
 def periodic_gradients():
