@@ -35,8 +35,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from adam_jax._moments import Decay, arithmetic_dtype, bias_correction
-from adam_jax._rounding import join, mix, nearest, random_bits, redrawn, split, turned
-from adam_jax._types import Codes, Leaf, RealLeaf, Scalar, Word, Words
+from adam_jax._rounding import Draw, join, mix, nearest, split
+from adam_jax._types import Codes, Leaf, RealLeaf, Scalar, Words
 
 _ONE = np.uint32(0x3F800000)  # the bit pattern of 1
 _TWO = np.uint32(0x40000000)
@@ -69,21 +69,6 @@ class Stored(NamedTuple):
     rows: Rows = Rows()
 
 
-class Draw(NamedTuple):
-    """Which random numbers the rounding of a leaf takes."""
-
-    leaf: Word  # the position of the leaf in its tree
-    step: Word
-
-    def in_turn(self, shape: tuple[int, ...]) -> Words:
-        """Returns random words whose halves fill the range evenly over a few steps."""
-        return turned(random_bits(shape, self.leaf), self.step)
-
-    def independent(self, shape: tuple[int, ...]) -> Words:
-        """Returns random words that are independent of those of other steps."""
-        return redrawn(random_bits(shape, self.leaf), self.step)
-
-
 class FloatMu(NamedTuple):
     """mu in a floating dtype. bfloat16 is rounded stochastically, others to nearest."""
 
@@ -94,10 +79,10 @@ class FloatMu(NamedTuple):
         return _widen(stored, dtype)
 
     def write(
-        self, mu: Leaf, root: RealLeaf, unit: RealLeaf | None, draw: Draw | None
+        self, mu: Leaf, root: RealLeaf, unit: RealLeaf | None, words: Words | None
     ) -> tuple[Leaf, Leaf]:
         """Returns what is stored, and what `read` makes of it."""
-        stored = _rounded(mu, self.dtype, draw and draw.independent(mu.shape))
+        stored = _rounded(mu, self.dtype, words)
         return stored, _widen(stored, mu.dtype)
 
 
@@ -114,11 +99,11 @@ class FloatNu(NamedTuple):
         return nu, _finite(nu, _root_of_power(_pattern(nu), nu))
 
     def write(
-        self, nu: RealLeaf, scale: RealLeaf | None, draw: Draw | None
+        self, nu: RealLeaf, scale: RealLeaf | None, words: Words | None
     ) -> tuple[RealLeaf, RealLeaf, RealLeaf]:
         """Returns what is stored, and what `read` makes of it."""
-        words = draw and draw.independent(nu.shape) << np.uint32(16)
-        stored = _rounded(nu, self.dtype, words)
+        # mu has the upper half of the words.
+        stored = _rounded(nu, self.dtype, None if words is None else words << np.uint32(16))
         return stored, *self.read(stored, scale, nu.dtype)
 
 
@@ -141,13 +126,14 @@ class Int8Nu(NamedTuple):
         nu = _not_underflown(z.astype(dtype) * scale, np.float32)
         return nu, _root_of_power(pattern, z).astype(dtype)
 
-    def write(self, nu: RealLeaf, scale: RealLeaf, draw: Draw) -> tuple[Words, RealLeaf, RealLeaf]:
+    def write(
+        self, nu: RealLeaf, scale: RealLeaf, words: Words
+    ) -> tuple[Words, RealLeaf, RealLeaf]:
         """Returns the word with the code, and what `read` makes of it; nu is at most the scale."""
         z = nu * (1 / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
         root = _number(jax.lax.div(_pattern(z.astype(jnp.float32)), _ROOT) + _ROOT_OF_ONE)
         # What is less than the smallest code counts as much, 0 too.
         place = jnp.maximum(root * _LEVELS + np.float32(1 - 2.0**-self.bits), 1)
-        words = draw.in_turn(nu.shape)
         noise = words & np.uint32(2**14 - 1)
         if self.bits == 8:
             noise = noise << np.uint32(1) | words >> np.uint32(31)
@@ -172,7 +158,7 @@ class Int8Mu(NamedTuple):
         return _from_reciprocal(place, word, root * unit)
 
     def write(
-        self, mu: RealLeaf, root: RealLeaf, unit: RealLeaf, draw: Draw
+        self, mu: RealLeaf, root: RealLeaf, unit: RealLeaf, words: Words
     ) -> tuple[Words, RealLeaf]:
         """Returns a word with the byte, and what `read` makes of it.
 
@@ -181,7 +167,7 @@ class Int8Mu(NamedTuple):
         inverse = _inverse(root) * (1 / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
         w = jnp.minimum((jnp.abs(mu) * inverse).astype(jnp.float32) + 0.25, 8)
         place = 4 - _halved_reciprocal(w)
-        noise = draw.in_turn(mu.shape) >> np.uint32(9 + self.bits)
+        noise = words >> np.uint32(9 + self.bits)
         word = _rounded_up_or_down(place, self.bits, noise)
         sign = _pattern(mu.astype(jnp.float32)) & np.uint32(2**31)
         return word + (sign >> np.uint32(8)), _from_reciprocal(_number(word), sign, root * unit)
@@ -211,7 +197,7 @@ class Codec(NamedTuple):
     @property
     def random(self) -> bool:
         """Whether anything is rounded stochastically."""
-        return self.coded or np.dtype(jnp.bfloat16) in self.float_dtypes
+        return self.coded or self._rounds_floats
 
     @property
     def float_dtypes(self) -> list[np.dtype[Any]]:
@@ -220,12 +206,20 @@ class Codec(NamedTuple):
         return [x.dtype for x in (self.mu, self.nu) if isinstance(x, FloatMu | FloatNu)] + scales
 
     @property
+    def narrowest(self) -> np.dtype[Any]:
+        """The one of `float_dtypes` with the smallest range."""
+        return min(self.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+
+    @property
+    def _rounds_floats(self) -> bool:
+        return np.dtype(jnp.bfloat16) in self.float_dtypes
+
+    @property
     def _joint(self) -> bool:
         return self.mu_is_coded and self.nu_is_coded
 
-    def read(self, stored: Stored, dtype: DTypeLike) -> Moments:
-        """Returns mu, nu and others, in the arithmetic's real dtype."""
-        rows = self.opened(stored.rows, dtype)
+    def read(self, stored: Stored, rows: Rows, dtype: DTypeLike) -> Moments:
+        """Returns mu, nu and others, in the arithmetic's real dtype. `rows` are opened ones."""
         nu, root = self.nu.read(self._nu_word(stored), rows.scale, dtype)
         mu = self.mu.read(stored.mu, root, rows.unit, dtype)
         return (mu, nu, *(_widen(x, dtype) for x in stored.others))
@@ -244,17 +238,18 @@ class Codec(NamedTuple):
         return (code << np.uint32(14)) + _ONE
 
     def write(
-        self, moments: Moments, like: Stored, rows: Rows, draw: Any
+        self, moments: Moments, like: Stored, rows: Rows, draw: Draw | None
     ) -> tuple[Stored, Moments]:
-        """Returns one leaf's moments as they are stored, and what `read` will make of them.
+        """Returns one leaf's moments as they are stored, but for rows, and what `read` makes of it.
 
-        No row's scale is less than its largest nu. `draw` may be None unless `random`. Moments
-        beyond the second are rounded to nearest.
+        `rows` are opened ones; no row's scale is less than its largest nu. `draw` may be None
+        unless `random`. Moments beyond the second are rounded to nearest.
         """
         mu, nu, *others = moments
-        scale, unit = self.opened(rows, nu.dtype)
-        new_nu, nu, root = self.nu.write(nu, scale, draw)
-        new_mu, mu = self.mu.write(mu, root, unit, draw)
+        turned: Any = draw.in_turn(nu.shape) if draw and self.coded else None
+        drawn: Any = draw.independent(nu.shape) if draw and self._rounds_floats else None
+        new_nu, nu, root = self.nu.write(nu, rows.scale, turned if self.nu_is_coded else drawn)
+        new_mu, mu = self.mu.write(mu, root, rows.unit, turned if self.mu_is_coded else drawn)
         new_others = tuple(nearest(x, y.dtype) for x, y in zip(others, like.others, strict=True))
         if self._joint:
             new_mu = new_mu + ((new_nu & np.uint32(2**14)) << np.uint32(2))
@@ -264,7 +259,7 @@ class Codec(NamedTuple):
         if self.nu_is_coded:
             new_nu = (new_nu >> np.uint32(15)).astype(jnp.uint8)
         values = (mu, nu, *(_widen(x, nu.dtype) for x in new_others))
-        return Stored(new_mu, new_nu, new_others, rows), values
+        return Stored(new_mu, new_nu, new_others), values
 
     def joined(self, stored: Stored) -> Any:
         """Returns stored moments without rows, and codes of both in one array."""
@@ -273,26 +268,28 @@ class Codec(NamedTuple):
         high = jax.lax.bitcast_convert_type(stored.mu, jnp.uint8).astype(jnp.uint16)
         return high << np.uint16(8) | stored.nu.astype(jnp.uint16)
 
-    def parted(self, joined: Any, rows: Rows) -> Stored:
-        """Returns what `joined` was given."""
+    def parted(self, joined: Any) -> Stored:
+        """Returns what `joined` was given, without rows."""
         if not self._joint:
-            return Stored(joined[0], joined[1], joined[2], rows)
+            return Stored(*joined)
         high = (joined >> np.uint16(8)).astype(jnp.uint8)
         mu = jax.lax.bitcast_convert_type(high, jnp.int8)
-        return Stored(mu, joined.astype(jnp.uint8), (), rows)
+        return Stored(mu, joined.astype(jnp.uint8))
 
-    def sealed(self, scale: RealLeaf | None, unit: RealLeaf, like: Rows) -> Rows:
-        """Returns rows as they are stored, in float32, the lowest 12 bits of the unit a checksum.
+    def sealed(self, scale: RealLeaf | None, unit: RealLeaf, like: Rows) -> tuple[Rows, Rows]:
+        """Returns rows as they are stored, in float32, and what `opened` makes of them.
 
-        Whoever averages states over replicas, or edits scales, changes what codes mean. Codes have
-        no average, and without a checksum nobody would notice.
+        The lowest 12 bits of the unit are a checksum. Whoever averages states over replicas, or
+        edits scales, changes what codes mean. Codes have no average, and without a checksum nobody
+        would notice.
         """
-        scale = like.scale if scale is None else scale.astype(jnp.float32)
+        stored = like.scale if scale is None else scale.astype(jnp.float32)
         upper = _pattern(unit.astype(jnp.float32)) & ~_CHECKSUM
-        return Rows(scale, _number(upper | self._checksum(upper, scale)))
+        rows = Rows(stored, _number(upper | self._checksum(upper, stored)))
+        return rows, self._widened(stored, _number(upper), unit.dtype)
 
     def opened(self, rows: Rows, dtype: DTypeLike) -> Rows:
-        """Returns what `sealed` was given, with NaN where the checksum is wrong.
+        """Returns scales and units as numbers, NaN where the checksum is wrong.
 
         A unit of 0 is that of a row without a step, whose codes are 0 in any format.
         """
@@ -301,12 +298,16 @@ class Codec(NamedTuple):
         pattern = _pattern(rows.unit)
         upper = pattern & ~_CHECKSUM
         valid = (pattern & _CHECKSUM == self._checksum(upper, rows.scale)) | (pattern == 0)
-        unit = jnp.where(valid, _number(upper), np.float32(np.nan)).astype(dtype)
+        unit = jnp.where(valid, _number(upper), np.float32(np.nan))
         scale = rows.scale
         if self.nu_is_coded and scale is not None:
-            scale = jnp.where(valid, scale, np.float32(np.nan)).astype(dtype)
-            scale = _not_underflown(scale, np.float32)
-        return Rows(scale, unit)
+            scale = jnp.where(valid, scale, np.float32(np.nan))
+        return self._widened(scale, unit, dtype)
+
+    def _widened(self, scale: RealLeaf | None, unit: RealLeaf, dtype: DTypeLike) -> Rows:
+        if self.nu_is_coded and scale is not None:
+            scale = _not_underflown(scale.astype(dtype), np.float32)
+        return Rows(scale, unit.astype(dtype))
 
     def _checksum(self, upper: Words, scale: RealLeaf | None) -> Words:
         # Another one for each format: a checkpoint may be restored, and cast, onto another.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from adam_jax._checks import check_moments, check_real, leaf_path
-from adam_jax._codec import Codec, Draw, Moments, Rows, Stored, codec_of, unit_of_mu
+from adam_jax._codec import Codec, Moments, Rows, Stored, codec_of, unit_of_mu
 from adam_jax._master_weights import (
     MasterWeightsState,
     load_master_params,
@@ -17,15 +17,14 @@ from adam_jax._master_weights import (
     no_remainders,
 )
 from adam_jax._moments import Decay, arithmetic_dtype, real_dtype, sqrt
+from adam_jax._rounding import Draw, draws
 from adam_jax._state import (
     WITH_MOMENTS,
-    is_none,
     leaves_of,
     map_states,
     only_state,
     per_leaf,
     states_with_moments,
-    unboxed,
     with_leaves,
 )
 from adam_jax._storage import MAXIMUM, initial, storage_formats
@@ -113,60 +112,57 @@ def _converted(state: Any, mu_dtype: StorageFormats, nu_dtype: StorageFormats) -
         state.mu,
         none_is_a_value=True,
     )
-    mu_leaves, treedef = jax.tree.flatten(state.mu, is_leaf=is_none)
-    plain = jax.tree.structure(unboxed(state.mu), is_leaf=is_none)
-    stored = leaves_of(
-        state,
-        lambda tree, _, without_boxes: (plain if without_boxes else treedef).flatten_up_to(tree),
-    )
+    stored = leaves_of(state, state.mu)
+    count = jnp.asarray(state.count)
     leaves = []
-    for i, leaf in enumerate(stored):
-        if mu_leaves[i] is not None:
+    for i, (leaf, draw) in enumerate(zip(stored, draws(len(stored), count), strict=True)):
+        if leaf.mu is not None:
             path = functools.partial(leaf_path, state.mu, i)
             check_moments(path, leaf, state._fields[1:])
             check_real(path, leaf.mu, mu_formats[i])
-            draw = Draw(np.uint32(i), jnp.asarray(state.count))
-            leaf = _converted_leaf(leaf, mu_formats[i], nu_formats[i], draw)
+            leaf = _converted_leaf(leaf, mu_formats[i], nu_formats[i], draw, count)
         leaves.append(leaf)
     int8 = "int8" in [*mu_formats, *nu_formats]
-    return with_leaves(state, leaves, treedef, plain, int8=int8)
+    return with_leaves(state, leaves, state.mu, int8=int8)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _converted_leaf(stored: Stored, mu: str | None, nu: str | None, draw: Draw) -> Stored:
+def _converted_leaf(
+    stored: Stored, mu: str | None, nu: str | None, draw: Draw, count: Word
+) -> Stored:
     # optax has a complex nu for a complex parameter, with imaginary parts of 0.
     others = tuple(x.real for x in stored.others)
     stored = stored._replace(nu=stored.nu.real, others=others)
     codec = codec_of(stored)
     dtype = real_dtype(arithmetic_dtype(*codec.float_dtypes, np.float32))
     with jax.numpy_dtype_promotion("standard"):
-        numbers = codec.read(stored, dtype)
+        numbers = codec.read(stored, codec.opened(stored.rows, dtype), dtype)
     like = initial(numbers[0], mu, nu, len(others))
     if codec_of(like) == codec:  # encoded anew, a number might become its neighbour
         return stored if stored.rows.unit is not None else stored._replace(rows=like.rows)
-    return written(numbers, like, draw)
+    return written(numbers, like, draw, count)
 
 
 @jax.jit
-def written(numbers: Moments, like: Stored, draw: Draw) -> Stored:
+def written(numbers: Moments, like: Stored, draw: Draw, count: Word) -> Stored:
     """Returns the moments of one leaf as numbers in the format of another leaf."""
     codec = codec_of(like)
     m, v, *others = numbers
     with jax.numpy_dtype_promotion("standard"):
-        narrowest = min(codec.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
         # The ratio of the moments is what counts where they are too large for a narrower dtype.
-        limit = np.array(jnp.finfo(narrowest).max / 4, v.dtype)
+        limit = np.array(jnp.finfo(codec.narrowest).max / 4, v.dtype)
         factor = jnp.sqrt(limit / jnp.maximum(v, limit))
         m, v, *others = m * factor, *(jnp.minimum(x, limit) for x in (v, *others))
-        rows = like.rows
+        sealed = rows = like.rows
         if codec.coded:
-            rows = _rows(codec, m, v, rows, draw.step)
-        return codec.write((m, v, *others), like, rows, draw)[0]
+            sealed, rows = _rows(codec, m, v, rows, count)
+        stored, _ = codec.write((m, v, *others), like, rows, draw)
+    return stored._replace(rows=sealed)
 
 
-def _rows(codec: Codec, m: RealLeaf, v: RealLeaf, like: Rows, step: Word) -> Rows:
-    """Returns scales and units with which nothing is cut off."""
-    t = jnp.maximum(step, 1).astype(v.dtype)
+def _rows(codec: Codec, m: RealLeaf, v: RealLeaf, like: Rows, count: Word) -> tuple[Rows, Rows]:
+    """Returns scales and units with which nothing is cut off, sealed and opened."""
+    t = jnp.maximum(count, 1).astype(v.dtype)
     unit = unit_of_mu(Decay.of(0.9), Decay.of(0.999), t)
     scale = root = jnp.ones((), v.dtype)
     if codec.nu_is_coded:

@@ -23,9 +23,9 @@ from adam_jax._checks import (
     leaf_path,
 )
 from adam_jax._moments import arithmetic_dtype
-from adam_jax._rounding import join, random_bits, redrawn, split
+from adam_jax._rounding import Draw, draws, join, split
 from adam_jax._state import is_none, map_states, only_state, unboxed
-from adam_jax._types import Leaf, RealLeaf, Word, Words
+from adam_jax._types import Leaf, RealLeaf, Words
 
 _NOTHING = "none"
 _FORMATS = {"int8": np.int8, "int16": np.int16, "float32": np.float32}
@@ -171,10 +171,10 @@ def master_weights(
         )
         steps = flatten_up_to(tree, updates, steps, "the inner optimizer's updates")
         count = jnp.asarray(optax.safe_increment(state.count))
-        leaves = zip(steps, old_params, masters, remainders, strict=True)
+        drawn = draws(len(steps), ~count)  # moments draw with the count
         outcome = [
-            (u, r) if u is None or not is_low(p) else _step_leaf(u, p, w, r, np.uint32(i), count)
-            for i, (u, p, w, r) in enumerate(leaves)
+            (u, r) if u is None or not is_low(p) else _step_leaf(u, p, w, r, draw)
+            for u, p, w, r, draw in zip(steps, old_params, masters, remainders, drawn, strict=True)
         ]
         return tree.unflatten([u for u, _ in outcome]), MasterWeightsState(
             count=count,
@@ -329,8 +329,7 @@ def _step_leaf(
     param: RealLeaf,
     master: RealLeaf,
     remainder: Leaf | None,
-    leaf: Word,
-    count: Word,
+    draw: Draw,
 ) -> tuple[RealLeaf, Leaf | None]:
     """The update of one leaf that makes a parameter of its new master weight, and the remainder."""
     master = master + update.astype(np.float32)
@@ -338,7 +337,7 @@ def _step_leaf(
         master,
         param.dtype,
         None if remainder is None else remainder.dtype,
-        redrawn(random_bits(param.shape, leaf), ~count),  # moments draw with the count
+        draw.independent(param.shape),
     )
     # The parameter has to land on new when this difference is added to it. Let |old| be in
     # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much

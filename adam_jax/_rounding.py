@@ -1,8 +1,11 @@
 """Random bits by counter, and rounding that is unbiased.
 
-The bits are a hash of where an element is and of which draw it is: no key in the state, and the
-same bits on every backend, under every sharding, in jit and out of it.
+The bits are a hash of where an element is and of the step: no key in the state, and the same bits
+on every backend, under every sharding, in jit and out of it.
 """
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +21,74 @@ _TURN = np.uint32(0x9E37278E)  # 2^16 / golden ratio in its upper half, 2^14 / g
 _BLOCK = 32  # steps that a phase turns before it starts anew
 
 
-def random_bits(shape: tuple[int, ...], leaf: int | Word) -> Words:
-    """Hashes leaf and coordinates to 32 random bits for each element.
+class Draw(NamedTuple):
+    """Which random bits a leaf takes at a step: words of shape ()."""
 
-    Coordinates enter as the element's index in row-major order, modulo 2^32. The leaf is hashed
-    to a key that is xored to it: added, it would only shift the same sequence.
+    key: Word  # of the leaf
+    turn: Word  # this and the rest are the same for all leaves
+    factor: Word
+    offset: Word
+
+    def in_turn(self, shape: tuple[int, ...]) -> Words:
+        """Returns random words whose 16-bit halves turn by the golden ratio at each step.
+
+        2^16 is a whole turn. Over a few steps the fractions of a turn fill [0, 1) more evenly than
+        independent draws, so that the errors of roundings cancel. Without end, they would resonate
+        with periodic gradients. So every 32 steps they start anew, in a random place and a random
+        direction.
+        """
+        return random_bits(shape, self.key) + self.turn
+
+    def independent(self, shape: tuple[int, ...]) -> Words:
+        """Returns random words that are independent of those of other steps."""
+        return random_bits(shape, self.key) * self.factor + self.offset
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draws(leaves: int, step: Word) -> list[Draw]:
+    """Returns what each of so many leaves draws at a step."""
+    keys = list(key_of_leaf(np.arange(leaves, dtype=np.uint32)))  # constants
+    one = draw(jnp.zeros((), jnp.uint32), step)
+
+    def on_cpu() -> list[Word]:
+        # A condition that always holds, which the compiler does not know: factors are odd.
+        return jax.lax.cond(
+            one.factor > 0,
+            lambda: list(map(jnp.asarray, keys)),
+            lambda: [jnp.zeros((), jnp.uint32) for _ in keys],
+        )
+
+    def elsewhere() -> list[Word]:
+        return jax.lax.optimization_barrier(list(map(jnp.asarray, keys)))
+
+    # Leaves of a shape then differ in an argument, and not in a constant of their code, and XLA
+    # compiles them once. For a CPU it looks through the barrier.
+    words = jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
+    return [one._replace(key=word) for word in words]
+
+
+def draw(key: Word, step: Word) -> Draw:
+    """Returns what the leaf with a key draws at a step."""
+    step = step.astype(jnp.uint32)
+    start = mix(step // np.uint32(_BLOCK) + np.uint32(1))
+    turn = step % np.uint32(_BLOCK) * _TURN
+    turn = start + jnp.where(mix(start) >> np.uint32(31) == 0, turn, -turn)
+    word = mix(step + np.uint32(1))
+    return Draw(key, turn, factor=word | np.uint32(1), offset=mix(word))
+
+
+def key_of_leaf(leaf: Any) -> Any:
+    """Hashes the position of a leaf in its tree, a word or words of NumPy or JAX."""
+    return mix(mix(leaf + np.uint32(1)))
+
+
+def random_bits(shape: tuple[int, ...], key: Word) -> Words:
+    """Hashes a key and coordinates to 32 random bits for each element.
+
+    Coordinates enter as the element's index in row-major order, modulo 2^32. The key is xored to
+    it: added, it would only shift the same sequence.
     """
     with jax.numpy_rank_promotion("allow"):
-        # The barrier makes leaves of a shape differ in an argument, and not in a constant of their
-        # code: XLA for GPU compiles them once.
-        word = jax.lax.optimization_barrier(jnp.asarray(leaf, jnp.uint32))
-        key = mix(mix(word + np.uint32(1)))
         index = jnp.zeros(shape, jnp.uint32)
         for axis, size in enumerate(shape):
             along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -36,33 +96,13 @@ def random_bits(shape: tuple[int, ...], leaf: int | Word) -> Words:
         return mix(index ^ key)
 
 
-def mix(x: Words) -> Words:
+def mix(x: Any) -> Any:
     """Maps 32-bit words one to one, so that every bit of x moves every bit of the result."""
     # Shifts and multipliers are those that C. Wellons found by search ("Prospecting for Hash
     # Functions", 2018) to leave the least bias among functions of this form.
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
-
-
-def redrawn(phase: Words, draw: Word) -> Words:
-    """Returns independent bits for each draw, at the cost of one multiplication."""
-    key = mix(draw.astype(jnp.uint32) + np.uint32(1))
-    return phase * (key | np.uint32(1)) + mix(key)
-
-
-def turned(phase: Words, step: Word) -> Words:
-    """Returns both 16-bit halves of a phase turned by the golden ratio at each step.
-
-    2^16 is a whole turn. Over a few steps the fractions of a turn fill [0, 1) more evenly than
-    independent draws, so that the errors of roundings cancel. Without end, they would resonate
-    with periodic gradients. So every 32 steps the phase starts anew, in a random place and a
-    random direction.
-    """
-    step = step.astype(jnp.uint32)
-    start = mix(step // np.uint32(_BLOCK) + np.uint32(1))
-    turn = step % np.uint32(_BLOCK) * _TURN
-    return phase + (start + jnp.where(mix(start) >> np.uint32(31) == 0, turn, -turn))
 
 
 def nearest(x: Leaf, dtype: DTypeLike) -> Leaf:

@@ -6,12 +6,17 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from adam_jax._checks import keystr, leaf_path
+from adam_jax._checks import flatten_up_to, keystr, leaf_path
 from adam_jax._codec import Rows, Stored
 from adam_jax._storage import Int8Moment
 
 T = TypeVar("T")
 WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
+
+
+def is_none(x: Any) -> bool:
+    """Whether x is None, for trees in which None is a leaf."""
+    return x is None
 
 
 def states_of(kind: type[T] | tuple[type[T], ...], state: Any) -> list[T]:
@@ -51,45 +56,55 @@ def map_states(
     return jax.tree.map(lambda x: function(x) if is_kind(x) else x, state, is_leaf=is_kind)
 
 
-def leaves_of(state: Any, flatten: Callable[[Any, str, bool], list[Any]]) -> list[Stored]:
-    """Returns the leaves of a state with moments.
+def leaves_of(
+    state: Any, like: Any, is_leaf: Callable[[Any], bool] | None = is_none
+) -> list[Stored]:
+    """Returns the leaves of a state with moments, one for each leaf of the tree `like`.
 
-    `flatten` takes a tree apart, and is told its name for errors, and whether it is one without
-    boxes: see `unboxed`.
+    Raises ValueError, naming the path, where a tree of the state has another structure.
     """
-    mu = flatten(state.mu, "mu", False)
-    others = [flatten(getattr(state, name), name, False) for name in state._fields[3:]]
-    nu, scales, units = state.nu, [None] * len(mu), [None] * len(mu)
-    if isinstance(nu, Int8Moment):
-        nu, scales, units = nu
-        scales = flatten(scales, "nu.scales", True)
-        units = flatten(units, "nu.units", True)
-        nu = flatten(nu, "nu.codes", False)
+    tree = like, jax.tree.structure(like, is_leaf=is_leaf)
+
+    def flatten(name: str, moments: Any, tree: tuple[Any, Any] = tree) -> list[Any]:
+        like, treedef = tree
+        return flatten_up_to(treedef, like, moments, f"state.{name}")
+
+    mu = flatten("mu", state.mu)
+    columns = [flatten(name, getattr(state, name)) for name in state._fields[3:]]
+    others = list(zip(*columns, strict=True)) if columns else [()] * len(mu)
+    if isinstance(state.nu, Int8Moment):
+        nu = flatten("nu.codes", state.nu.codes)
+        plain = unboxed(like)
+        tree = plain, jax.tree.structure(plain, is_leaf=is_leaf)
+        scales = flatten("nu.scales", state.nu.scales, tree)
+        units = flatten("nu.units", state.nu.units, tree)
+        rows = [Rows(*row) for row in zip(scales, units, strict=True)]
     else:
-        nu = flatten(nu, "nu", False)
-    others = list(zip(*others, strict=True)) if others else [()] * len(mu)
-    return [
-        Stored(mu, nu, others, Rows(scale, unit))
-        for mu, nu, others, scale, unit in zip(mu, nu, others, scales, units, strict=True)
-    ]
+        nu, rows = flatten("nu", state.nu), [Rows()] * len(mu)
+    return [Stored(*leaf) for leaf in zip(mu, nu, others, rows, strict=True)]
 
 
 def with_leaves(
-    state: Any, leaves: Sequence[Stored], treedef: Any, plain: Any, *, int8: bool
+    state: Any,
+    leaves: Sequence[Stored],
+    like: Any,
+    *,
+    int8: bool,
+    is_leaf: Callable[[Any], bool] | None = is_none,
 ) -> Any:
-    """Returns a state with other moments. `plain` is the tree definition without boxes."""
-    nu = treedef.unflatten([leaf.nu for leaf in leaves])
+    """Returns a state with other moments, in trees like `like`; in int8, nu is an `Int8Moment`."""
+    unflatten = jax.tree.structure(like, is_leaf=is_leaf).unflatten
+    nu = unflatten([leaf.nu for leaf in leaves])
     if int8:
-        nu = Int8Moment(
-            nu,
-            plain.unflatten([leaf.rows.scale for leaf in leaves]),
-            plain.unflatten([leaf.rows.unit for leaf in leaves]),
-        )
+        # The rows of a leaf have no box: it would shard them as the parameter.
+        plain = jax.tree.structure(unboxed(like), is_leaf=is_leaf).unflatten
+        scales = plain([leaf.rows.scale for leaf in leaves])
+        nu = Int8Moment(nu, scales, plain([leaf.rows.unit for leaf in leaves]))
     others = {
-        name: treedef.unflatten([leaf.others[i] for leaf in leaves])
+        name: unflatten([leaf.others[i] for leaf in leaves])
         for i, name in enumerate(state._fields[3:])
     }
-    return state._replace(mu=treedef.unflatten([leaf.mu for leaf in leaves]), nu=nu, **others)
+    return state._replace(mu=unflatten([leaf.mu for leaf in leaves]), nu=nu, **others)
 
 
 def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False) -> list[Any]:
@@ -112,11 +127,6 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
                 f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient."
             )
     return values
-
-
-def is_none(x: Any) -> bool:
-    """Whether x is None, for trees in which None is a leaf."""
-    return x is None
 
 
 def unboxed(tree: Any, keep: Callable[[Any], bool] = lambda leaf: False) -> Any:

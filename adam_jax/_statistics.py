@@ -172,7 +172,7 @@ def _leaves(tree: Any) -> dict[KeyPath, Any]:
 def _moments(state: Any) -> dict[KeyPath, Stored]:
     """Each leaf's mu and nu, by its path: masked leaves have none."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.mu)]
-    leaves = leaves_of(state, lambda tree, name, without_boxes: jax.tree.leaves(tree))
+    leaves = leaves_of(state, state.mu, is_leaf=None)
     return dict(zip(paths, leaves, strict=True))
 
 
@@ -204,7 +204,8 @@ def _leaf_means(
     if kept.moments is not None and kept.ratio is not None:
         real = real_dtype(wide)
         codec = codec_of(kept.moments)
-        m, v, *_ = codec.read(kept.moments, real)
+        rows = codec.opened(kept.moments.rows, real)
+        m, v, *_ = codec.read(kept.moments, rows, real)
         correction, bound = kept.ratio.correction.astype(real), kept.ratio.bound.astype(real)
         size = jnp.where(v == 0, 1, v) if infinity_norm else sqrt(v)
         ratio = jnp.abs(m) * correction / size

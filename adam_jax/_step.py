@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adam_jax._codec import Codec, Draw, Moments, Rows, Stored, unit_of_mu
+from adam_jax._codec import Codec, Moments, Rows, Stored, unit_of_mu
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
+from adam_jax._rounding import Draw
 from adam_jax._types import Leaf, RealLeaf
 
 
@@ -77,55 +78,62 @@ def leaf_step(
     Jitted by itself: traced once per shape, and one call in eager use.
     """
     wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
-    real = real_dtype(wide)
-    narrowest = min(codec.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
-
-    def saturated(gradient: Leaf) -> Leaf:
-        # Where rows have a scale, infinity and NaN are in the scale.
-        return saturate(gradient.astype(wide), narrowest, passing=not codec.nu_is_coded)
-
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
-        s, unit = scalars.unpack(real)
+        s, unit = scalars.unpack(real_dtype(wide))
         g = gradient
         if codec.random:
             # Stochastic rounding is a step function: derivatives end here.
             g, stored = jax.lax.stop_gradient((g, stored))
-        rows = stored.rows
+        sealed = rows = stored.rows
+        opened = codec.opened(rows, unit.dtype)
         if codec.coded:
-            rows = _new_rows(algorithm, codec, g.astype(wide), rows, s, unit, narrowest)
-
-        def advanced(
-            g: Leaf, stored: Stored, rows: Rows, draw: Draw | None
-        ) -> tuple[Stored, Moments]:
-            moments = algorithm.advance(saturated(g), codec.read(stored, real), s)
-            return codec.write(moments, stored, rows, draw)
-
-        new, moments = _in_one_pass(codec, advanced, real, g, stored, rows, draw)
+            sealed, rows = _new_rows(algorithm, codec, g.astype(wide), opened, s, unit)
+        new, moments = _in_one_pass(algorithm, codec, g, stored, opened, rows, draw, s)
         # The direction is that of the moments as they are stored, so that a step needs no others.
-        update = algorithm.direction(saturated(gradient), moments, s)
+        update = algorithm.direction(_saturated(gradient, codec), moments, s)
         if weight_decay is not None and param is not None:
-            update = update + weight_decay.astype(real) * param.astype(wide)
+            update = update + weight_decay.astype(unit.dtype) * param.astype(wide)
         if learning_rate is not None:
-            update = -learning_rate.astype(real) * update
-    return update.astype(gradient.dtype), new
+            update = -learning_rate.astype(unit.dtype) * update
+    return update.astype(gradient.dtype), new._replace(rows=sealed)
 
 
-def _new_rows(
+def _saturated(gradient: Leaf, codec: Codec) -> Leaf:
+    """Returns the gradient in the arithmetic's dtype, its square finite in any of the codec's."""
+    wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
+    # Where rows have a scale, infinity and NaN are in the scale.
+    return saturate(gradient.astype(wide), codec.narrowest, passing=not codec.nu_is_coded)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _advanced(
     algorithm: Algorithm,
     codec: Codec,
     gradient: Leaf,
-    old: Rows,
+    stored: Stored,
+    opened: Rows,
+    rows: Rows,
+    draw: Draw | None,
     s: Any,
-    unit: RealLeaf,
-    narrowest: DTypeLike,
-) -> Rows:
-    """Returns what the new codes count in, which is known before they are."""
-    old = codec.opened(old, unit.dtype)  # NaN, for good, if the checksum is wrong
+) -> tuple[Stored, Moments]:
+    """Returns new moments, as they are stored and as numbers."""
+    g = _saturated(gradient, codec)
+    moments = codec.read(stored, opened, real_dtype(g.dtype))
+    return codec.write(algorithm.advance(g, moments, s), stored, rows, draw)
+
+
+def _new_rows(
+    algorithm: Algorithm, codec: Codec, gradient: Leaf, old: Rows, s: Any, unit: RealLeaf
+) -> tuple[Rows, Rows]:
+    """Returns what the new codes count in, which is known before they are, sealed and opened.
+
+    A row that was NaN stays so.
+    """
     if not codec.nu_is_coded:
         return codec.sealed(None, jnp.where(jnp.isnan(old.unit), old.unit, unit), old)
     # The same average, of each row's largest gradient: never less than any of its nu.
-    largest = _largest(gradient, narrowest)
+    largest = _largest(gradient, codec.narrowest)
     # In `jax.shard_map`, over the axes of the mesh that divide the rows.
     if divided := _varying(largest) - _varying(old.scale):
         largest = jax.lax.pmax(largest, tuple(divided))
@@ -170,15 +178,16 @@ def _largest(gradient: Leaf, narrowest: DTypeLike) -> RealLeaf:
 
 
 def _in_one_pass(
+    algorithm: Algorithm,
     codec: Codec,
-    advanced: Callable[..., tuple[Stored, Moments]],
-    dtype: DTypeLike,
     gradient: Leaf,
     stored: Stored,
+    opened: Rows,
     rows: Rows,
     draw: Draw | None,
+    s: Any,
 ) -> tuple[Stored, Moments]:
-    """Returns advanced(gradient, stored, rows, draw), in the form that each compiler needs.
+    """Returns what `_advanced` does, in the form that each compiler needs.
 
     XLA for CPU makes one pass for each output of a step, and would decode, average and encode
     anew in each of them, with copies of the old moments for those that come too late. It does not
@@ -186,26 +195,28 @@ def _in_one_pass(
     one pass of a step if everything after it starts from the codes. XLA for GPU does so anyway,
     and there it costs less to go on from the values.
     """
-    args = gradient, stored, rows, draw
+    advanced = functools.partial(_advanced, algorithm, codec)
+    args = gradient, stored, opened, rows, draw, s
     if draw is None or not codec.coded:
         return advanced(*args)
-    step = draw.step
+    always = draw.factor > 0  # it is odd
+    wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
 
-    def and_moments(stored: Stored) -> tuple[Stored, Moments]:
-        return stored, codec.read(stored, dtype)
+    def and_moments(stored: Stored, rows: Rows) -> tuple[Stored, Moments]:
+        return stored, codec.read(stored, rows, real_dtype(wide))
 
     def on_cpu(*args: Any) -> tuple[Stored, Moments]:
         joined = jax.lax.cond(
-            step > 0,
+            always,
             lambda *args: codec.joined(advanced(*args)[0]),
-            lambda gradient, stored, rows, draw: codec.joined(stored),
+            lambda gradient, stored, *_: codec.joined(stored),
             *args,
         )
-        return and_moments(codec.parted(joined, rows))
+        return and_moments(codec.parted(joined), rows)
 
     return jax.lax.platform_dependent(
         *args,
         cpu=on_cpu,
-        tpu=lambda *args: and_moments(advanced(*args)[0]),
+        tpu=lambda *args: and_moments(advanced(*args)[0], rows),
         default=advanced,
     )

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 
 from adam_jax._checks import keystr
-from adam_jax._codec import Draw, Moments, codec_of
+from adam_jax._codec import Moments, codec_of
 from adam_jax._convert import convert_state, written
 from adam_jax._moments import arithmetic_dtype
-from adam_jax._state import WITH_MOMENTS, leaves_of, states_with_moments, unboxed, with_leaves
+from adam_jax._rounding import draws
+from adam_jax._state import WITH_MOMENTS, leaves_of, states_with_moments, with_leaves
 from adam_jax._storage import Int8Moment
 
 Arrays = dict[str, jax.Array]
@@ -275,15 +276,12 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
             "an optimizer each, with optax.multi_transform."
         )
 
-    plain = jax.tree.structure(unboxed(state.mu), is_leaf=_is_masked)
-    stored = leaves_of(
-        state,
-        lambda tree, _, without_boxes: (plain if without_boxes else treedef).flatten_up_to(tree),
-    )
+    stored = leaves_of(state, state.mu, _is_masked)
     new = zip(*(leaves(trees[field]) for field in _fields(state)), strict=True)
     count = _count(max(steps, default=0))
     filled = []
-    for i, ((path, _), like, numbers) in enumerate(zip(paths, stored, new, strict=True)):
+    drawn = draws(len(paths), count)
+    for (path, _), like, numbers, draw in zip(paths, stored, new, drawn, strict=True):
         if not _is_masked(like.mu):
             for field, x in zip(_fields(state), numbers, strict=True):
                 if np.shape(x) != like.mu.shape:
@@ -293,10 +291,11 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
                     )
             dtype = arithmetic_dtype(*codec_of(like).float_dtypes, np.float32)
             numbers = cast(Moments, tuple(x.astype(dtype) for x in numbers))
-            like = written(numbers, like, Draw(np.uint32(i), count))
+            like = written(numbers, like, draw, count)
         filled.append(like)
     int8 = isinstance(state.nu, Int8Moment)
-    return with_leaves(state._replace(count=count), filled, treedef, plain, int8=int8)
+    state = state._replace(count=count)
+    return with_leaves(state, filled, state.mu, int8=int8, is_leaf=_is_masked)
 
 
 def _is_masked(x: Any) -> bool:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adam_jax._checks import (
@@ -27,8 +26,9 @@ from adam_jax._checks import (
     flatten_up_to,
     leaf_path,
 )
-from adam_jax._codec import Draw, Stored, codec_of
-from adam_jax._state import is_none, leaves_of, per_leaf, unboxed, with_leaves
+from adam_jax._codec import Codec, Stored, codec_of
+from adam_jax._rounding import draws
+from adam_jax._state import is_none, leaves_of, per_leaf, with_leaves
 from adam_jax._step import Algorithm, check_shard_map, leaf_step, scalars_of
 from adam_jax._storage import initial, storage_formats
 from adam_jax._types import LearningRate, Mask, StorageFormats, WeightDecay
@@ -135,7 +135,7 @@ def descend(
 
 def _init(variant: Variant, params: optax.Params) -> Any:
     check_leaves("parameter", params)
-    param_leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
+    param_leaves = jax.tree.leaves(params, is_leaf=is_none)
     others = len(variant.state._fields) - 3
     leaves = []
     for i, (param, mu, nu) in enumerate(zip(param_leaves, *_formats(variant, params), strict=True)):
@@ -145,8 +145,8 @@ def _init(variant: Variant, params: optax.Params) -> Any:
         check_real(functools.partial(leaf_path, params, i), param, mu)
         leaves.append(initial(param, mu, nu, others))
     empty = variant.state(jnp.zeros([], jnp.int32), *[None] * (2 + others))
-    plain = jax.tree.structure(unboxed(params), is_leaf=is_none)
-    return with_leaves(empty, leaves, treedef, plain, int8=_stores_int8(variant))
+    int8 = _has_int8(variant.mu_dtype) or _has_int8(variant.nu_dtype)
+    return with_leaves(empty, leaves, params, int8=int8)
 
 
 def _update(
@@ -159,59 +159,48 @@ def _update(
 ) -> tuple[optax.Updates, Any]:
     """One step on every leaf; a leaf whose gradient is None keeps its moments as they are."""
     check_state(variant.state, state)
-    gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=is_none)
-    plain_gradients = unboxed(gradients)
-    plain = jax.tree.structure(plain_gradients, is_leaf=is_none)
-
-    def flatten(tree: Any, name: str, without_boxes: bool) -> list[Any]:
-        if without_boxes:
-            return flatten_up_to(plain, plain_gradients, tree, f"state.{name}")
-        return flatten_up_to(treedef, gradients, tree, f"state.{name}")
-
-    mu_int8, nu_int8 = map(_has_int8, (variant.mu_dtype, variant.nu_dtype))
+    mu_int8, nu_int8 = _has_int8(variant.mu_dtype), _has_int8(variant.nu_dtype)
+    int8 = mu_int8 or nu_int8
     check_struct(state.nu, mu_int8=mu_int8, nu_int8=nu_int8)
-    if mu_int8 or nu_int8:
+    if int8:
         check_shard_map()
-    stored_leaves = leaves_of(state, flatten)
+    gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=is_none)
+    stored_leaves = leaves_of(state, gradients)
     mu_formats, nu_formats = _formats(variant, gradients)
     param_leaves = [None] * len(gradient_leaves)
     if decays is not None:
         param_leaves = flatten_up_to(treedef, gradients, params, "params")
     count = jnp.asarray(optax.safe_increment(state.count))
-    scalars = scalars_of(
-        variant.algorithm.scalars, variant.hyperparameters, count, _stores_int8(variant)
-    )
+    paths = [functools.partial(leaf_path, gradients, i) for i in range(len(gradient_leaves))]
     names = variant.state._fields[1:]
-    outcome: list[tuple[Any, Stored]] = []
+    codecs: list[Codec | None] = []
     for i, (g, stored) in enumerate(zip(gradient_leaves, stored_leaves, strict=True)):
-        if g is None:
-            outcome.append((None, stored))
-            continue
-        path = functools.partial(leaf_path, gradients, i)
-        check_leaf(path, g, stored, names, mu_formats[i], nu_formats[i])
-        if decays is not None:
-            check_param(path, g, param_leaves[i])
-        codec = codec_of(stored)
-        outcome.append(
-            leaf_step(
-                variant.algorithm,
-                codec,
-                g,
-                stored,
-                scalars,
-                Draw(np.uint32(i), count) if codec.random else None,
-                param_leaves[i],
-                rates and rates[i],
-                decays and decays[i],
-            )
+        if g is not None:
+            check_leaf(paths[i], g, stored, names, mu_formats[i], nu_formats[i])
+            if decays is not None:
+                check_param(paths[i], g, param_leaves[i])
+        codecs.append(None if g is None else codec_of(stored))
+    scalars = scalars_of(variant.algorithm.scalars, variant.hyperparameters, count, int8)
+    rounded = any(codec is not None and codec.random for codec in codecs)
+    drawn = draws(len(codecs), count) if rounded else []
+    outcome = [
+        (None, stored)
+        if codec is None
+        else leaf_step(
+            variant.algorithm,
+            codec,
+            gradient_leaves[i],
+            stored,
+            scalars,
+            drawn[i] if codec.random else None,
+            param_leaves[i],
+            rates and rates[i],
+            decays and decays[i],
         )
-    new_state = with_leaves(
-        state._replace(count=count),
-        [stored for _, stored in outcome],
-        treedef,
-        plain,
-        int8=_stores_int8(variant),
-    )
+        for i, (codec, stored) in enumerate(zip(codecs, stored_leaves, strict=True))
+    ]
+    leaves = [stored for _, stored in outcome]
+    new_state = with_leaves(state._replace(count=count), leaves, gradients, int8=int8)
     return treedef.unflatten([u for u, _ in outcome]), new_state
 
 
@@ -221,12 +210,8 @@ def _formats(variant: Variant, tree: Any) -> list[list[str | None]]:
     return [per_leaf(name, x, tree, none_is_a_value=True) for name, x in prefixes.items()]
 
 
-def _stores_int8(variant: Variant) -> bool:
-    """Whether codes may be in the state, so that its nu is an `Int8Moment`."""
-    return _has_int8((variant.mu_dtype, variant.nu_dtype))
-
-
 def _has_int8(formats: StorageFormats) -> bool:
+    """Whether codes may be in the state, so that its nu is an `Int8Moment`."""
     return "int8" in jax.tree.leaves(formats)
 
 

@@ -16,7 +16,6 @@ from words import ONE, as_words, mixed, numbers, patterns, random_words
 
 from adam_jax._codec import (
     Codec,
-    Draw,
     FloatMu,
     FloatNu,
     Int8Mu,
@@ -27,6 +26,7 @@ from adam_jax._codec import (
     unit_of_mu,
 )
 from adam_jax._moments import Decay
+from adam_jax._rounding import draw, key_of_leaf
 
 MU_LEVELS = {6: 64, 7: 128}  # of mu, by the bits of a code
 NU_LEVELS = {9: 504, 8: 252}
@@ -49,6 +49,10 @@ class _Given(NamedTuple):
 
 def given_words(words) -> Any:
     return _Given(words)
+
+
+def draw_at(step, leaf=0):
+    return draw(key_of_leaf(jnp.uint32(leaf)), step)
 
 
 # Noise that fills its range evenly: what becomes of one number under all that may be drawn.
@@ -113,7 +117,7 @@ def read_nu(bits, word, scale=1.0):
 @functools.partial(jax.jit, static_argnums=0)
 def write_nu(bits, nu, words, scale=1.0):
     nu = jnp.broadcast_to(nu, words.shape)
-    return Int8Nu(bits).write(nu, jnp.float32(scale), given_words(words))
+    return Int8Nu(bits).write(nu, jnp.float32(scale), words)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,7 +128,7 @@ def read_mu(bits, byte, root, unit):
 @functools.partial(jax.jit, static_argnums=0)
 def write_mu(bits, mu, root, unit, words):
     mu = jnp.broadcast_to(mu, words.shape)
-    return Int8Mu(bits).write(mu, jnp.float32(root), jnp.float32(unit), given_words(words))
+    return Int8Mu(bits).write(mu, jnp.float32(root), jnp.float32(unit), words)
 
 
 @each_nu
@@ -347,11 +351,16 @@ def nu_over_steps(codec, carry, inputs, base, b2):
         nu = nu + (1 - b2) * (g * g - nu)
         largest = magnitude[:, None] * base.max()
         scale = scale + (1 - b2) * (largest * largest - scale)
-        draw = Draw(np.uint32(0), t) if words is None else given_words(words)
-        _, nu, _ = codec.write(nu, scale, draw)
+        _, nu, _ = codec.write(nu, scale, words_for(codec, t, nu.shape) if words is None else words)
         return (nu, scale, total + nu / (exact[:, None] * base * base)), None
 
     return jax.lax.scan(step, carry, inputs)[0]
+
+
+def words_for(codec, step, shape):
+    """What a leaf's nu draws at a step in this format."""
+    one = draw_at(step)
+    return one.in_turn(shape) if isinstance(codec, Int8Nu) else one.independent(shape)
 
 
 def mean_nu(codec, b2, steps, width, *, independent):
@@ -413,7 +422,8 @@ def test_nu_after_gradients_have_stopped(format, rows, b2, request):
         def step(carry, t):
             nu, scale = carry
             scale = scale - (1 - b2) * scale if rows == "all stop" else scale
-            _, nu, _ = FORMATS_OF_NU[format].write(nu - (1 - b2) * nu, scale, Draw(np.uint32(0), t))
+            codec = FORMATS_OF_NU[format]
+            _, nu, _ = codec.write(nu - (1 - b2) * nu, scale, words_for(codec, t, nu.shape))
             return (nu, scale), None
 
         return jax.lax.scan(step, (nu, scale), jnp.arange(1, steps + 1))[0]
@@ -444,7 +454,7 @@ def mean_over_noise(bits, z):
     """The lower code, and how often the upper one is stored, over all that noise may be."""
     words = jnp.arange(2**14, dtype=jnp.uint32)
     words = jnp.concatenate([words, words + np.uint32(2**31)])  # one more bit, for 8 bits
-    word, _, _ = Int8Nu(bits).write(jnp.full(2**15, z), jnp.float32(1), given_words(words))
+    word, _, _ = Int8Nu(bits).write(jnp.full(2**15, z), jnp.float32(1), words)
     code = (word - np.uint32(ONE)) >> np.uint32(23 - bits)
     return code.min(), jnp.mean((code - code.min()).astype(jnp.float32))
 
@@ -479,7 +489,9 @@ def test_dtypes_tell_the_format():
     assert not codec_of(leaf("complex64")).random
 
 
-read_joint = jax.jit(lambda stored: JOINT.read(stored, jnp.float32))
+@jax.jit
+def read_joint(stored):
+    return JOINT.read(stored, JOINT.opened(stored.rows, jnp.float32), jnp.float32)
 
 
 def test_two_bytes_hold_both_moments():
@@ -489,7 +501,7 @@ def test_two_bytes_hold_both_moments():
     used = (magnitude <= 62) & (code < 504)
     high, low, magnitude, code = (x[used] for x in (high, low, magnitude, code))
     scale, unit = jnp.full((1,), 3.0), jnp.full((1,), 0.125)
-    rows = JOINT.sealed(scale, unit, Rows(scale, unit))
+    rows, opened = JOINT.sealed(scale, unit, Rows(scale, unit))
     stored = Stored(
         jnp.asarray(high.astype(np.uint8).view(np.int8)),
         jnp.asarray(low.astype(np.uint8)),
@@ -508,12 +520,12 @@ def test_two_bytes_hold_both_moments():
     joined = JOINT.joined(stored)
     assert joined.dtype == jnp.uint16
     np.testing.assert_array_equal(joined, high * 2**8 + low)
-    parted = JOINT.parted(joined, rows)
+    parted = JOINT.parted(joined)
     np.testing.assert_array_equal(parted.mu, stored.mu)
     np.testing.assert_array_equal(parted.nu, stored.nu)
     # What is encoded again is the same.
     words = jnp.full(len(code), 2**32 - 1, jnp.uint32)
-    again, values = JOINT.write((mu, nu), stored, rows, given_words(words))
+    again, values = JOINT.write((mu, nu), stored, opened, given_words(words))
     for moment, value, wanted in zip(again[:2], values, (stored.mu, stored.nu), strict=True):
         np.testing.assert_array_equal(moment, wanted)
         assert value.dtype == jnp.float32
@@ -542,7 +554,7 @@ def with_random_codes(codec, shape=(16, 128), seed=0):
     """A leaf with random codes, scales and units."""
     rng = np.random.default_rng(seed)
     scale, unit = np.exp(3 * rng.standard_normal((2, *shape[:-1], 1))).astype(np.float32)
-    rows = codec.sealed(jnp.asarray(scale), jnp.asarray(unit), Rows(jnp.float32(0), None))
+    rows, _ = codec.sealed(jnp.asarray(scale), jnp.asarray(unit), Rows(jnp.float32(0), None))
     if not codec.nu_is_coded:
         rows = rows._replace(scale=jnp.zeros(()))
     mu = rng.integers(0, 2**7 * 31 // 32, shape) + 2**7 * rng.integers(0, 2, shape)
@@ -578,17 +590,19 @@ def test_write_tells_what_read_will_return(dtypes, x64, compiled):
     like = leaf(*dtypes, shape=shape)
     codec = codec_of(like)
     scale: Any = v.max(axis=-1, keepdims=True) if codec.nu_is_coded else None
-    draw = Draw(np.uint32(3), jnp.int32(17))
 
     def both(m, v):
-        rows = Rows(jnp.zeros(()), jnp.zeros(()))
+        sealed = rows = Rows(jnp.zeros(()), jnp.zeros(()))
         if codec.coded:
             unit = jnp.sqrt(scale) if codec.nu_is_coded else jnp.ones((32, 1), dtype)
-            rows = codec.sealed(scale, unit, rows)
-        stored, values = codec.write((m, v), like, rows, draw)
-        return stored, values, codec.read(stored, dtype)
+            sealed, rows = codec.sealed(scale, unit, rows)
+        stored, values = codec.write((m, v), like, rows, draw_at(jnp.int32(17), leaf=3))
+        opened = codec.opened(sealed, dtype)
+        return stored, values, codec.read(stored, opened, dtype), (rows, opened)
 
-    stored, values, read = (jax.jit(both) if compiled else both)(m, v)
+    stored, values, read, rows = (jax.jit(both) if compiled else both)(m, v)
+    for row, again in zip(*rows, strict=True):
+        np.testing.assert_array_equal(row, again)
     assert (stored.mu.dtype, stored.nu.dtype) == dtypes
     for value, again in zip(values, read, strict=True):
         assert value.dtype == again.dtype == dtype
@@ -599,7 +613,7 @@ def test_both_moments_round_independently():
     """mu takes upper bits of a word, and nu lower ones."""
     phase = random_words(0).astype(np.uint32)
     for step in (0, 17, 100):
-        words = np.asarray(Draw(np.uint32(0), jnp.int32(step)).in_turn((256, 256)))
+        words = np.asarray(draw_at(jnp.int32(step)).in_turn((256, 256)))
         assert words.dtype == np.uint32
         correlation = np.corrcoef(words.ravel() / 2.0**32, words.ravel() % 2**14 / 2.0**14)
         assert abs(correlation[0, 1]) < 5 / 256
@@ -616,7 +630,7 @@ def test_the_checksum():
     formats = {1: ONLY_MU, 2: ONLY_NU, 3: JOINT}
     for number, codec in formats.items():
         word = (upper | number) ^ (patterns(scale) if codec.nu_is_coded else 0)
-        rows = codec.sealed(jnp.asarray(scale), jnp.asarray(unit), Rows())
+        rows, _ = codec.sealed(jnp.asarray(scale), jnp.asarray(unit), Rows())
         np.testing.assert_array_equal(patterns(rows.unit), upper | mixed(word) & 0xFFF)
         np.testing.assert_array_equal(rows.scale, scale)
         opened = codec.opened(rows, jnp.float32)

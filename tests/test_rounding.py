@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from adam_jax._rounding import random_bits, redrawn, split, turned
+from adam_jax._rounding import draw, draws, key_of_leaf, random_bits, split
 
 SHAPE = (512, 512)
 ELEMENTS = 512 * 512
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def phases(leaf=0, shape=SHAPE):
-    return np.asarray(jax.jit(random_bits, static_argnums=0)(shape, np.uint32(leaf)))
+    return random_bits(shape, key_of_leaf(jnp.uint32(leaf)))
 
 
-def drawn_bits(leaf=0, draw=0, shape=SHAPE):
-    return np.asarray(jax.jit(redrawn)(phases(leaf, shape), np.uint32(draw)))
+@functools.partial(jax.jit, static_argnums=2, static_argnames="way")
+def words_of(leaf, step, shape=SHAPE, *, way="independent"):
+    """The words that a leaf draws at a step."""
+    return getattr(draw(key_of_leaf(jnp.uint32(leaf)), step), way)(shape)
 
 
 def chi_square(counts):
@@ -39,9 +42,9 @@ def assert_uniform(values, categories):
     assert abs(chi_square(counts) - degrees) < 5 * np.sqrt(2 * degrees)
 
 
-@pytest.mark.parametrize(("leaf", "draw"), [(0, 0), (1, 0), (0, 1), (999, 123456), (2**31, 2**31)])
-def test_bytes_are_uniform(leaf, draw):
-    words = drawn_bits(leaf, draw)
+@pytest.mark.parametrize(("leaf", "step"), [(0, 0), (1, 0), (0, 1), (999, 123456), (2**31, 2**31)])
+def test_bytes_are_uniform(leaf, step):
+    words = np.asarray(words_of(np.uint32(leaf), np.uint32(step)))
     for shift in (0, 8, 16, 24):
         assert_uniform((words >> shift) & 0xFF, 256)
 
@@ -49,7 +52,7 @@ def test_bytes_are_uniform(leaf, draw):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_neighbours_are_independent(axis):
     """Pairs of four-bit digits of neighbouring elements fill all 256 cells alike."""
-    words = phases(3)
+    words = np.asarray(phases(3))
     a, b = np.delete(words, -1, axis), np.delete(words, 0, axis)
     for one, other in itertools.product((0, 12, 28), repeat=2):
         assert_uniform(16 * ((a >> one) & 15) + ((b >> other) & 15), 256)
@@ -57,7 +60,7 @@ def test_neighbours_are_independent(axis):
 
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (7, 8), (2, 147), (2**31, 2**32 - 1)])
 def test_leaves_are_independent(one, other):
-    a, b = phases(one), phases(other)
+    a, b = np.asarray(phases(np.uint32(one))), np.asarray(phases(np.uint32(other)))
     for shift in (0, 14, 28):
         assert_uniform(16 * ((a >> shift) & 15) + ((b >> shift) & 15), 256)
     # Nor is one the other, moved along: that would make neighbouring leaves round alike.
@@ -65,7 +68,7 @@ def test_leaves_are_independent(one, other):
 
 
 def test_every_bit_is_uncorrelated_with_every_other():
-    words = phases(11)
+    words = np.asarray(phases(11))
     signs = np.stack([2.0 * ((words.ravel() >> k) & 1) - 1 for k in range(32)])
     correlation = signs @ signs.T / ELEMENTS
     np.testing.assert_allclose(correlation, np.eye(32), atol=5 / np.sqrt(ELEMENTS))
@@ -85,8 +88,8 @@ def fractions(words, half):
 
 @functools.cache
 def redrawn_over_steps(draws, elements):
-    each_step = jax.jit(jax.vmap(redrawn, (None, 0)))
-    return np.asarray(each_step(phases(4, (elements,)), np.arange(draws, dtype=np.int32)))
+    each_step = jax.vmap(lambda step: words_of(4, step, (elements,)))
+    return np.asarray(each_step(np.arange(draws, dtype=np.int32)))
 
 
 @each_half
@@ -118,8 +121,8 @@ def test_draws_of_an_element_are_independent_over_steps(half):
 
 def test_no_element_repeats_another():
     """One word for each of 2^32 elements, so that those of one leaf are all different."""
-    assert np.unique(drawn_bits(1, 2)).size == ELEMENTS
-    assert np.unique(turned(jnp.asarray(phases(1)), jnp.int32(2))).size == ELEMENTS
+    for way in ("independent", "in_turn"):
+        assert np.unique(words_of(1, np.int32(2), way=way)).size == ELEMENTS
 
 
 BLOCK = 32  # steps that a phase turns before it starts anew
@@ -127,9 +130,8 @@ BLOCK = 32  # steps that a phase turns before it starts anew
 
 @functools.cache
 def turned_over_blocks(blocks, elements):
-    each_step = jax.jit(jax.vmap(turned, (None, 0)))
-    steps = np.arange(blocks * BLOCK, dtype=np.int32)
-    words = each_step(phases(0, (elements,)), steps)
+    each_step = jax.vmap(lambda step: words_of(0, step, (elements,), way="in_turn"))
+    words = each_step(np.arange(blocks * BLOCK, dtype=np.int32))
     return np.asarray(words).reshape(blocks, BLOCK, elements)
 
 
@@ -167,10 +169,20 @@ def test_every_block_of_turns_starts_anew():
 
 def test_the_same_bits_in_jit_and_eager_and_in_a_part_of_a_leaf():
     whole = phases(3, (6, 10))
-    np.testing.assert_array_equal(whole, random_bits((6, 10), 3))
-    rows = jax.vmap(lambda leaf: random_bits((6, 10), leaf))(jnp.array([3, 5], jnp.uint32))
-    np.testing.assert_array_equal(rows[0], whole)
+    np.testing.assert_array_equal(whole, random_bits((6, 10), key_of_leaf(jnp.uint32(3))))
+    leaves = jax.vmap(lambda leaf: phases(leaf, (6, 10)))(jnp.array([3, 5], jnp.uint32))
+    np.testing.assert_array_equal(leaves[0], whole)
     np.testing.assert_array_equal(phases(3, (6, 2, 5)).reshape(6, 10), whole)
+
+
+def test_draws_of_all_leaves_are_those_of_each():
+    for step in (np.int32(7), np.uint32(2**32 - 1)):
+        found = draws(5, jnp.asarray(step))
+        for leaf, one in enumerate(found):
+            for way in ("independent", "in_turn"):
+                expected = words_of(leaf, step, (3, 4), way=way)
+                np.testing.assert_array_equal(getattr(one, way)((3, 4)), expected)
+    assert draws(0, jnp.int32(1)) == []
 
 
 EIGHT_DEVICES = """
@@ -220,12 +232,12 @@ def test_the_same_bits_under_every_sharding():
 
 def test_known_words():
     """The bits are part of what a run is: they must not change between versions or backends."""
-    words = random_bits((2, 2), 1).ravel()
+    words = phases(1, (4,))
     np.testing.assert_array_equal(words, [1473980502, 632994795, 3564934342, 807958247])
-    expected = [2456031888, 134092593, 2061541184, 2737036989]
-    np.testing.assert_array_equal(redrawn(words, jnp.int32(2)), expected)
-    expected = [60014721, 3513996310, 2150968561, 3688959762]
-    np.testing.assert_array_equal(turned(words, jnp.int32(35)), expected)
+    words = words_of(1, jnp.int32(2), (4,), way="independent")
+    np.testing.assert_array_equal(words, [2456031888, 134092593, 2061541184, 2737036989])
+    words = words_of(1, jnp.int32(35), (4,), way="in_turn")
+    np.testing.assert_array_equal(words, [60014721, 3513996310, 2150968561, 3688959762])
 
 
 def to_bfloat16(x, bits):

@@ -19,7 +19,7 @@ from words import (
     turned_words,
 )
 
-from adam_jax._rounding import join, nearest, random_bits, redrawn, split, turned
+from adam_jax._rounding import draw, join, key_of_leaf, nearest, random_bits, split
 
 each_width = pytest.mark.parametrize("width", [0, 8, 16])
 
@@ -27,21 +27,21 @@ each_width = pytest.mark.parametrize("width", [0, 8, 16])
 @pytest.mark.parametrize("shape", [(), (5,), (7, 9), (2, 3, 4), (256, 256)], ids=str)
 @pytest.mark.parametrize("leaf", [0, 1, 147, 2**32 - 1])
 def test_random_bits(shape, leaf):
-    found = jax.jit(random_bits, static_argnums=0)(shape, np.uint32(leaf))
+    found = jax.jit(random_bits, static_argnums=0)(shape, key_of_leaf(jnp.uint32(leaf)))
     np.testing.assert_array_equal(np.ravel(found), random_words(leaf, found.size))
 
 
 @pytest.mark.parametrize(
-    ("function", "reference"), [(turned, turned_words), (redrawn, redrawn_words)]
+    ("way", "reference"), [("in_turn", turned_words), ("independent", redrawn_words)]
 )
-def test_words_of_a_draw(function, reference):
+def test_words_of_a_draw(way, reference):
     """At every step of two blocks, at others up to the last, and counted in int32 or uint32."""
     words = random_words(0, 2**10)
-    draws = [*range(65), 1000, 123456, 2**31 - 1]
-    found = jax.jit(jax.vmap(function, (None, 0)))(as_words(words), np.array(draws, np.int32))
-    np.testing.assert_array_equal(found, [reference(words, draw) for draw in draws])
-    last = jax.jit(function)(as_words(words), np.uint32(2**32 - 1))
-    np.testing.assert_array_equal(last, reference(words, 2**32 - 1))
+    steps = [*range(65), 1000, 123456, 2**31 - 1]
+    at = jax.jit(lambda step: getattr(draw(key_of_leaf(jnp.uint32(0)), step), way)((2**10,)))
+    found = jax.vmap(at)(np.array(steps, np.int32))
+    np.testing.assert_array_equal(found, [reference(words, step) for step in steps])
+    np.testing.assert_array_equal(at(np.uint32(2**32 - 1)), reference(words, 2**32 - 1))
 
 
 # 16 bits and a remainder. A number is a word: its pattern in 16 bits, and 16 bits after the point.

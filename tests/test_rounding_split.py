@@ -91,7 +91,7 @@ def test_rounding_is_right_on_average_over_all_bits(dtype, width):
 @pytest.mark.parametrize("width", [0, 8, 16])
 def test_rounding_of_subnormal_float16_is_right_on_average(width):
     n = 2**16
-    bits = random_bits((n,), 3)
+    bits = random_bits((n,), jnp.uint32(3))
     for value in np.array([3.3e-6, -4.4e-8, 1.23e-9, 7e-13], np.float32):
         low, remainder = split(jnp.full(n, value), jnp.float16, width, bits)
         joined = np.asarray(join(low, remainder, width), np.float64)
