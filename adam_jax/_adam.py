@@ -7,7 +7,7 @@ import optax
 
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._codec import Moments
-from adam_jax._moments import Decay, abs_sq, bias_correction, decayed, sqrt
+from adam_jax._moments import Blend, Decay, abs_sq, bias_correction, decayed, sqrt
 from adam_jax._step import Algorithm
 from adam_jax._transformation import Variant, descend, scale_by, variant
 from adam_jax._types import (
@@ -28,10 +28,11 @@ class _Scalars(NamedTuple):
     m^ / (sqrt(v^) + eps) is m scale / (sqrt(v) + eps root) with root = sqrt(1 - b2^t).
     """
 
-    b1: Decay
-    b2: Decay
+    b1: Blend
+    b2: Blend
     scale: Scalar  # root / (1 - b1^t)
-    next_scale: Scalar  # root / (1 - b1^(t+1)), for Nesterov's look ahead
+    now: Scalar  # (1 - b1) scale, and
+    ahead: Scalar  # b1 root / (1 - b1^(t+1)), for Nesterov's look ahead
     eps: Scalar  # times root
     eps_root: Scalar  # times root^2
 
@@ -39,11 +40,13 @@ class _Scalars(NamedTuple):
 def _scalars(t: RealLeaf, b1: Decay, b2: Decay, eps: Scalar, eps_root: Scalar) -> _Scalars:
     correction = bias_correction(b2, t)
     root = jnp.sqrt(correction)
+    scale = root / bias_correction(b1, t)
     return _Scalars(
-        b1=b1,
-        b2=b2,
-        scale=root / bias_correction(b1, t),
-        next_scale=root / bias_correction(b1, t + 1),
+        b1=Blend.of(b1),
+        b2=Blend.of(b2),
+        scale=scale,
+        now=b1.one_minus_b * scale,
+        ahead=b1.b * root / bias_correction(b1, t + 1),
         eps=eps * root,
         eps_root=jnp.where(eps_root == 0, 0, eps_root * correction),
     )
@@ -54,14 +57,14 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     return decayed(m, g, s.b1), decayed(v, abs_sq(g), s.b2)
 
 
-def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+def _direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
     m, v = moments
-    return m * s.scale / (sqrt(v + s.eps_root) + s.eps)
+    return m * (size * s.scale) / (sqrt(v + s.eps_root) + s.eps)
 
 
-def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
     m, v = moments
-    m_hat = s.b1.b * (m * s.next_scale) + s.b1.one_minus_b * (g * s.scale)
+    m_hat = m * (size * s.ahead) + g * (size * s.now)
     return m_hat / (sqrt(v + s.eps_root) + s.eps)
 
 

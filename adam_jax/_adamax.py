@@ -7,7 +7,7 @@ import optax
 
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._codec import Moments
-from adam_jax._moments import Decay, bias_correction, decayed
+from adam_jax._moments import Blend, Decay, bias_correction, decayed
 from adam_jax._step import Algorithm
 from adam_jax._storage import MAXIMUM
 from adam_jax._transformation import Variant, descend, scale_by, variant
@@ -27,27 +27,27 @@ _NO_MU_UNIT = "mu in int8 counts in square roots of a second raw moment, which A
 class _Scalars(NamedTuple):
     """What all leaves have in common at a step."""
 
-    b1: Decay
-    b2: Decay
+    b1: Blend
+    one_minus_b2: Scalar
     eps: Scalar
     unbias_m: Scalar  # 1 / (1 - b1^t)
 
 
 def _scalars(t: RealLeaf, b1: Decay, b2: Decay, eps: Scalar) -> _Scalars:
-    return _Scalars(b1=b1, b2=b2, eps=eps, unbias_m=1 / bias_correction(b1, t))
+    return _Scalars(Blend.of(b1), b2.one_minus_b, eps, unbias_m=1 / bias_correction(b1, t))
 
 
 def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     m, u = moments
-    u = jnp.maximum(u - s.b2.one_minus_b * u, jnp.abs(g) + s.eps)
+    u = jnp.maximum(u - s.one_minus_b2 * u, jnp.abs(g) + s.eps)
     return decayed(m, g, s.b1), u
 
 
-def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+def _direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
     m, u = moments
     # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative.
     still = u == 0
-    return jnp.where(still, 0, m * s.unbias_m / jnp.where(still, 1, u))
+    return jnp.where(still, 0, m * (size * s.unbias_m) / jnp.where(still, 1, u))
 
 
 def _variant(

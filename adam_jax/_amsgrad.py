@@ -7,7 +7,7 @@ import optax
 
 from adam_jax._checks import check_choice, check_decay, check_not_negative
 from adam_jax._codec import Moments
-from adam_jax._moments import Decay, abs_sq, bias_correction, decayed, sqrt
+from adam_jax._moments import Blend, Decay, abs_sq, bias_correction, decayed, sqrt
 from adam_jax._step import Algorithm
 from adam_jax._storage import MAXIMUM
 from adam_jax._transformation import Variant, descend, scale_by, variant
@@ -19,8 +19,8 @@ Maximum = Literal["raw", "corrected"]
 class _Scalars(NamedTuple):
     """What all leaves have in common at a step; root = sqrt(1 - b2^t), or 1."""
 
-    b1: Decay
-    b2: Decay
+    b1: Blend
+    b2: Blend
     before: Scalar  # by which v is multiplied before the maximum is taken
     scale: Scalar  # root / (1 - b1^t)
     eps: Scalar  # times root
@@ -41,8 +41,8 @@ def _scalars(
     after = jnp.where(correct_after, correction, 1)
     root = jnp.sqrt(after)
     return _Scalars(
-        b1=b1,
-        b2=b2,
+        b1=Blend.of(b1),
+        b2=Blend.of(b2),
         before=jnp.where(correct_before, 1 / correction, 1),
         scale=root / jnp.where(correct_mu, bias_correction(b1, t), 1),
         eps=eps * root,
@@ -56,9 +56,9 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     return decayed(m, g, s.b1), v, jnp.maximum(v_max, v * s.before)
 
 
-def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
+def _direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
     m, _, v_max = moments
-    return m * s.scale / (sqrt(v_max + s.eps_root) + s.eps)
+    return m * (size * s.scale) / (sqrt(v_max + s.eps_root) + s.eps)
 
 
 def _variant(

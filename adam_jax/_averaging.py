@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_decay, check_leaves, check_state
-from adam_jax._moments import Decay, arithmetic_dtype, bias_correction, decayed
+from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
 from adam_jax._state import only_state
 from adam_jax._types import Leaf, RealLeaf, Scalar
@@ -123,13 +123,13 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
 
 
 @jax.jit
-def _average_leaf(average: Leaf, param: Leaf, b: Decay) -> Leaf:
+def _average_leaf(average: Leaf, param: Leaf, decay: Decay) -> Leaf:
     dtype = jnp.finfo(average.dtype).dtype
-    b = jax.tree.map(lambda x: jnp.asarray(x, dtype), b)
+    blend = Blend.of(jax.tree.map(lambda x: jnp.asarray(x, dtype), decay))
     # The average is of parameters as they are stored.
     param = nearest(param.astype(average.dtype), param.dtype)
     with jax.numpy_dtype_promotion("standard"):  # complex leaves meet real scalars
-        return decayed(average, param.astype(average.dtype), b)
+        return decayed(average, param.astype(average.dtype), blend)
 
 
 @jax.jit

@@ -35,7 +35,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from adam_jax._moments import Decay, arithmetic_dtype, bias_correction
-from adam_jax._rounding import Draw, join, mix, nearest, split
+from adam_jax._rounding import Draw, join, nearest, split
 from adam_jax._types import Codes, Leaf, RealLeaf, Scalar, Words
 
 _ONE = np.uint32(0x3F800000)  # the bit pattern of 1
@@ -153,9 +153,9 @@ class Int8Mu(NamedTuple):
 
     def read(self, byte: Codes, root: RealLeaf, unit: RealLeaf, dtype: DTypeLike) -> RealLeaf:
         """Returns mu, given the root of nu that `read` returns for it."""
-        word = jax.lax.bitcast_convert_type(byte.astype(jnp.int32), jnp.uint32)
-        place = _number(word << np.uint32(16) & self.mask << np.uint32(16) | _TWO)
-        return _from_reciprocal(place, word, root * unit)
+        word = jax.lax.bitcast_convert_type(byte, jnp.uint8).astype(jnp.uint32)
+        place = (word << np.uint32(16)) + _TWO & (self.mask << np.uint32(16) | _TWO)
+        return _from_reciprocal(_number(place), word << np.uint32(24), root * unit)
 
     def write(
         self, mu: RealLeaf, root: RealLeaf, unit: RealLeaf, words: Words
@@ -314,7 +314,7 @@ class Codec(NamedTuple):
         upper = upper | np.uint32(self.mu_is_coded + 2 * self.nu_is_coded)
         if self.nu_is_coded and scale is not None:
             upper = upper ^ _pattern(scale)
-        return mix(upper) & _CHECKSUM
+        return upper * np.uint32(0x9E3779B1) >> np.uint32(20)  # 2^32 / golden ratio, a prime
 
 
 def codec_of(stored: Stored) -> Codec:

@@ -349,10 +349,10 @@ def _step_leaf(
         # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
         new = master - remainder
     difference = -(old - new)  # new - old, but -0 where they are equal, which keeps a -0
-    # The difference of finite numbers may overflow, that to an infinite one must. An infinite step
-    # makes new infinite; that it is asked too, XLA for TPU takes as a reason to compute the step
-    # again for parameter and remainder, which it then joins, rather than to store it for both.
-    limit = np.finfo(np.float32).max
-    finite = jnp.isfinite(new) & jnp.isfinite(update)
-    difference = jnp.where(finite, jnp.clip(difference, -limit, limit), new)
-    return difference, remainder
+    # Where there is no finite difference, new is infinite or NaN, or nothing lands on it.
+    finite = jnp.isfinite(difference)
+    if remainder is not None and remainder.dtype == np.float32:
+        # XLA for TPU takes this as a reason to compute the step again for parameter and remainder,
+        # which it then joins, rather than to store it for both.
+        finite &= jnp.isfinite(update)
+    return jnp.where(finite, difference, new), remainder

@@ -45,15 +45,27 @@ class Decay(NamedTuple):
         return cls(b, one_minus_b, jnp.log1p(-jnp.minimum(one_minus_b, 0.5)))
 
 
-def decayed(average: Leaf, new: Leaf, decay: Decay) -> Leaf:
-    """The average b average + (1 - b) new, as a step from whichever of the two weighs more.
+class Blend(NamedTuple):
+    """A decay rate b as a step from whichever weighs more, the average or the new number."""
+
+    from_new: Scalar  # 1 for b < 1/2 and 0 otherwise
+    step: Scalar  # -b or 1 - b
+
+    @classmethod
+    def of(cls, decay: Decay) -> "Blend":
+        """Prepares it once for all elements."""
+        from_new = jnp.asarray(decay.b) < 0.5
+        step = jnp.where(from_new, -decay.b, decay.one_minus_b)
+        return cls(from_new.astype(step.dtype), step)
+
+
+def decayed(average: Leaf, new: Leaf, blend: Blend) -> Leaf:
+    """The average b average + (1 - b) new.
 
     In float32 the two weights of the textbook form do not sum to 1; a step from `average` (or
     from `new`, when b < 1/2) has no such bias, and b = 0 returns `new` exactly.
     """
-    from_new = decay.b < 0.5
-    step = jnp.where(from_new, -decay.b, decay.one_minus_b)
-    return jnp.where(from_new, new, average) + step * (new - average)
+    return jnp.where(blend.from_new > 0, new, average) + blend.step * (new - average)
 
 
 def bias_correction(decay: Decay, count: RealLeaf) -> RealLeaf:

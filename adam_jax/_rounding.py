@@ -4,6 +4,9 @@ The bits are a hash of where an element is and of the step: no key in the state,
 on every backend, under every sharding, in jit and out of it.
 """
 
+# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 
@@ -47,24 +50,25 @@ class Draw(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def draws(leaves: int, step: Word) -> list[Draw]:
     """Returns what each of so many leaves draws at a step."""
-    keys = list(key_of_leaf(np.arange(leaves, dtype=np.uint32)))  # constants
-    one = draw(jnp.zeros((), jnp.uint32), step)
+    keys = list(map(jnp.asarray, key_of_leaf(np.arange(leaves, dtype=np.uint32))))
+    common = jnp.stack(draw(jnp.zeros((), jnp.uint32), step)[1:])
 
-    def on_cpu() -> list[Word]:
+    def on_cpu(common: Words) -> tuple[list[Word], Words]:
         # A condition that always holds, which the compiler does not know: factors are odd.
         return jax.lax.cond(
-            one.factor > 0,
-            lambda: list(map(jnp.asarray, keys)),
+            common[1] > 0,
+            lambda: keys,
             lambda: [jnp.zeros((), jnp.uint32) for _ in keys],
-        )
-
-    def elsewhere() -> list[Word]:
-        return jax.lax.optimization_barrier(list(map(jnp.asarray, keys)))
+        ), common
 
     # Leaves of a shape then differ in an argument, and not in a constant of their code, and XLA
     # compiles them once. For a CPU it looks through the barrier.
-    words = jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
-    return [one._replace(key=word) for word in words]
+    keys, common = jax.lax.platform_dependent(
+        common,
+        cpu=on_cpu,
+        default=lambda common: jax.lax.optimization_barrier((keys, common)),
+    )
+    return [Draw(key, *common) for key in keys]
 
 
 def draw(key: Word, step: Word) -> Draw:
@@ -142,9 +146,10 @@ def split(
     largest = (infinity - np.uint32(0x8001)) & ~lost
     if dtype != jnp.bfloat16:
         largest = (largest >> np.uint32(3)) + _REBIAS
-    noise = (
-        (lost + np.uint32(1)) >> np.uint32(1) if bits is None else (bits >> np.uint32(16)) & lost
-    )
+    if bits is None or width == 16:
+        noise = (lost + np.uint32(1)) >> np.uint32(1)
+    else:
+        noise = bits >> np.uint32(16 + width)
     sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & _SIGN
     word = _magnitude(x, dtype, bits) | sign
     special = word & _UPPER if width else word  # without a remainder, what is below is dropped
@@ -152,8 +157,14 @@ def split(
     # Halves go up: the lower half counts from there, and its highest bit is the remainder's sign.
     parts = (word >> np.uint32(16 - width)) & np.uint32(2**width - 1)
     remainder = parts.astype(jnp.int8 if width <= 8 else jnp.int16)
-    # Made of the remainder as it is stored, so that XLA for TPU has one pass end in the other.
-    low = word - _in_word(remainder, width)
+    # The same upper half twice. For a TPU it is made of the remainder as it is stored, so that XLA
+    # has one pass end in the other; for a GPU that would be two instructions more.
+    low = jax.lax.platform_dependent(
+        word,
+        remainder,
+        tpu=lambda word, remainder: word - _in_word(remainder, width),
+        default=lambda word, _: word + np.uint32(0x8000 if width else 0),
+    )
     if dtype != jnp.bfloat16:
         # Adding cannot turn 0 into -0, so next to 0 the remainder has the sign. (For bfloat16 this
         # concerns numbers below 2^-134, whose sign is worth nothing.)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from adam_jax._codec import Codec, Moments, Rows, Stored, unit_of_mu
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
 from adam_jax._rounding import Draw
-from adam_jax._types import Leaf, RealLeaf
+from adam_jax._types import Leaf, RealLeaf, Scalar
 
 
 class Algorithm(NamedTuple):
@@ -24,7 +24,8 @@ class Algorithm(NamedTuple):
     # All three are functions of a module, never closures: jit caches by their identity.
     scalars: Callable[..., Any]  # (count, **hyperparameters) -> what a step needs of them
     advance: Callable[[Leaf, Moments, Any], Moments]  # (gradient, moments, scalars) -> new moments
-    direction: Callable[[Leaf, Moments, Any], Leaf]  # (gradient, new moments, scalars)
+    # (gradient, new moments, scalars, size) -> the direction of the step, times size
+    direction: Callable[[Leaf, Moments, Any, Scalar], Leaf]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
@@ -58,7 +59,8 @@ def scalars_of(
     t = count.astype(dtype)
     unit = unit_of_mu(hyperparameters["b1"], hyperparameters["b2"], t) if coded else 0.0
     leaves, tree = jax.tree.flatten((scalars(t, **hyperparameters), unit))
-    return Scalars(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
+    values = jnp.stack([jnp.asarray(x, dtype) for x in leaves])
+    return Scalars(values, tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -91,11 +93,10 @@ def leaf_step(
             sealed, rows = _new_rows(algorithm, codec, g.astype(wide), opened, s, unit)
         new, moments = _in_one_pass(algorithm, codec, g, stored, opened, rows, draw, s)
         # The direction is that of the moments as they are stored, so that a step needs no others.
-        update = algorithm.direction(_saturated(gradient, codec), moments, s)
+        size = 1.0 if learning_rate is None else -learning_rate.astype(unit.dtype)
+        update = algorithm.direction(_saturated(gradient, codec), moments, s, size)
         if weight_decay is not None and param is not None:
-            update = update + weight_decay.astype(unit.dtype) * param.astype(wide)
-        if learning_rate is not None:
-            update = -learning_rate.astype(unit.dtype) * update
+            update = update + size * weight_decay.astype(unit.dtype) * param.astype(wide)
     return update.astype(gradient.dtype), new._replace(rows=sealed)
 
 

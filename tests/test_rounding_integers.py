@@ -63,7 +63,7 @@ def split_in_numpy(x, dtype, width, noise):
     """The pattern of the nearest 16-bit number, and the remainder in parts of its ulp."""
     part = 2 ** (16 - width)
     infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
-    added = part // 2 if noise is None else noise // 2**16 % part
+    added = part // 2 if noise is None else noise // 2 ** (16 + width)
     parts = (words_of(x, dtype, noise) + added) // part
     # Beyond the largest finite number with the largest remainder: that number, with none.
     largest = (infinity * 2**16 - 0x8001) // part
