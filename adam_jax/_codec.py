@@ -254,8 +254,9 @@ class Codec(NamedTuple):
         if self._joint:
             new_mu = new_mu + ((new_nu & np.uint32(2**14)) << np.uint32(2))
         if self.mu_is_coded:
-            byte = (new_mu >> np.uint32(16)).astype(jnp.uint8)
-            new_mu = jax.lax.bitcast_convert_type(byte, jnp.int8)
+            # No bitcast from uint8: it would be undone by `read`, which XLA for TPU shall see start
+            # from what is stored.
+            new_mu = (new_mu >> np.uint32(16)).astype(jnp.int8)
         if self.nu_is_coded:
             new_nu = (new_nu >> np.uint32(15)).astype(jnp.uint8)
         values = (mu, nu, *(_widen(x, nu.dtype) for x in new_others))

@@ -3,9 +3,10 @@
     python benchmarks/speed.py
 
 A first table has Adam in float32, a second one the formats in which moments and weights can be
-stored. All of them run in one process, after a warm-up, in turns (ours, optax, torch, ours, ...),
-so that whatever else the machine does falls on all alike. Reported are medians over the rounds, and
-their ratios: absolute times mean little on another machine.
+stored, and what each of them takes to compile. All of them run in one process, after a warm-up, in
+turns (ours, optax, torch, ours, ...), so that whatever else the machine does falls on all alike.
+Reported are medians over the rounds, and their ratios: absolute times mean little on another
+machine.
 """
 
 import argparse
@@ -35,7 +36,7 @@ LIKE = {  # by setting, FlashOptim's setting that keeps as much
     "adam, int8 moments": "FlashOptim",
     SEVEN_BYTES: "FlashOptim, bfloat16 parameters, int8 remainder",
 }
-TIMED = [PLAIN, "adam, bfloat16 moments", *LIKE, *LIKE.values()]
+TIMED = ["optax.adam", PLAIN, "adam, bfloat16 moments", *LIKE, *LIKE.values()]
 TORCH = "torch, fused"
 
 
@@ -128,15 +129,15 @@ def in_turns(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def stages(optimizer: optax.GradientTransformation, shapes: Shapes) -> dict[str, float]:
+def stages(setting: Setting, shapes: Shapes) -> dict[str, float]:
     """The time of each stage of compiling the step, with nothing remembered from before."""
     jax.clear_caches()
     gc.collect()
     gc.freeze()  # or the collector would walk all of torch in the middle of what is timed
-    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    state = jax.eval_shape(optimizer.init, params)
+    params = [jax.ShapeDtypeStruct(shape, setting.dtype) for shape in shapes]
+    state = jax.eval_shape(setting.init, params)
     start = time.perf_counter()
-    traced = with_optax(optimizer, jnp.float32).jitted().trace(params, state, params)
+    traced = setting.jitted().trace(params, state, params)
     traced_at = time.perf_counter()
     lowered = traced.lower()
     lowered_at = time.perf_counter()
@@ -147,6 +148,17 @@ def stages(optimizer: optax.GradientTransformation, shapes: Shapes) -> dict[str,
         "trace + lower": lowered_at - start,
         "compile": time.perf_counter() - lowered_at,
     }
+
+
+def compile_ratios(timed: dict[str, Setting], shapes: Shapes, rounds: int) -> dict[str, float]:
+    """The time to trace, lower and compile each setting's step, over that of optax.adam."""
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, setting in timed.items():
+            taken = stages(setting, shapes)
+            samples[name].append(taken["trace + lower"] + taken["compile"])
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    return {name: time / medians["optax.adam"] for name, time in medians.items()}
 
 
 def recompilations(make: Callable[..., optax.GradientTransformation]) -> int:
@@ -199,13 +211,14 @@ def format_cases(small: bool) -> dict[str, Shapes]:
     return {f"one leaf of {leaf}": [leaf], "GPT-2": cases(small)["GPT-2"]}
 
 
-def format_rows(case: str, times: dict[str, float]) -> list[str]:
+def format_rows(case: str, times: dict[str, float], compiling: dict[str, float]) -> list[str]:
     """Lines of the table of formats: ratios to float32, and to FlashOptim's like, and the times."""
     rows = []
     for name, taken in times.items():
         peer = times.get(LIKE.get(name, ""))
         cells = [f"{case}: {name}", f"{taken / times[PLAIN]:.2f}"]
         cells += [f"{taken / peer:.2f}" if peer else "", f"{1e3 * taken:.3g}"]
+        cells.append(f"{compiling[name]:.1f}")
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -265,7 +278,7 @@ def main() -> None:
         samples = {name: [] for name in compiled}
         for _ in range(few):
             for name, optimizer in compiled.items():
-                samples[name].append(stages(optimizer, shapes))
+                samples[name].append(stages(with_optax(optimizer, jnp.float32), shapes))
             progress.update()
         for stage in samples[NO_OPTIMIZER][0]:
             medians = {
@@ -280,8 +293,9 @@ def main() -> None:
     format_table = []
     for case, shapes in format_trees.items():
         timed = {name: setting for name, setting in settings().items() if name in TIMED}
+        compiling = compile_ratios(timed, shapes, few)
         runs = {name: jitted_step(setting, shapes) for name, setting in timed.items()}
-        format_table += format_rows(case, in_turns(runs, few, seconds, progress))
+        format_table += format_rows(case, in_turns(runs, few, seconds, progress), compiling)
         del runs
     progress.close()
 
@@ -294,8 +308,10 @@ def main() -> None:
         "\nPrograms compiled by eager updates when learning rate, b1, b2 and eps change:", end=" "
     )
     print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
-    print("\n| step, with storage formats | / float32 | / FlashOptim's like | ms |")
-    print("|---|---|---|---|")
+    print(
+        "\n| step, with storage formats | / float32 | / FlashOptim's like | ms | compile / optax |"
+    )
+    print("|---|---|---|---|---|")
     print(*format_table, sep="\n")
 
 

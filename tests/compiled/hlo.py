@@ -178,6 +178,11 @@ class Program:
                 return first.view(dtype).reshape(shape)
             case "copy":
                 return first
+            case "concatenate":
+                return np.concatenate(operands, axis=int(x.numbers("dimensions")[0]))
+            case "slice":
+                bounds = re.findall(r"\[(\d+):(\d+)\]", x.attribute("slice", r"\{(.*?)\}"))
+                return first[tuple(slice(int(start), int(end)) for start, end in bounds)]
             case "reduce-precision":
                 assert (x.attribute("exponent_bits"), x.attribute("mantissa_bits")) == ("8", "7")
                 return first.astype(jnp.bfloat16).astype(dtype)
