@@ -8,7 +8,6 @@ on every backend, under every sharding, in jit and out of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,25 +51,19 @@ class Draw(NamedTuple):
 def draws(leaves: int, step: Word) -> list[Draw]:
     """Returns what each of so many leaves draws at a step."""
     keys = list(map(jnp.asarray, key_of_leaf(np.arange(leaves, dtype=np.uint32))))
-    common = draw(jnp.zeros((), jnp.uint32), step)[1:]
+    one = draw(jnp.zeros((), jnp.uint32), step)
 
-    # Leaves of a shape shall differ in an argument, and not in a constant of their code: then XLA
-    # compiles them once. Its compilers for TPU and GPU do not look through a barrier.
-    def on_tpu(*common: Word) -> tuple[list[Word], Sequence[Word]]:
-        return jax.lax.optimization_barrier(keys), common
-
-    def on_gpu(*common: Word) -> tuple[list[Word], Sequence[Word]]:
-        # In one array they are one argument.
-        words, array = jax.lax.optimization_barrier((keys, jnp.stack(common)))
-        return words, tuple(array)
-
-    def on_cpu(*common: Word) -> tuple[list[Word], Sequence[Word]]:
+    def on_cpu() -> list[Word]:
         # A condition that always holds, which the compiler does not know: factors are odd.
         zeros = [jnp.zeros((), jnp.uint32) for _ in keys]
-        return jax.lax.cond(common[1] > 0, lambda: keys, lambda: zeros), common
+        return jax.lax.cond(one.factor > 0, lambda: keys, lambda: zeros)
 
-    words, common = jax.lax.platform_dependent(*common, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
-    return [Draw(word, *common) for word in words]
+    # Leaves of a shape shall differ in an argument, and not in a constant of their code: then XLA
+    # compiles them once. For a CPU it looks through a barrier.
+    words = jax.lax.platform_dependent(
+        cpu=on_cpu, default=lambda: jax.lax.optimization_barrier(keys)
+    )
+    return [one._replace(key=word) for word in words]
 
 
 def draw(key: Word, step: Word) -> Draw:

@@ -16,9 +16,9 @@ from targets import compile_for
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def faults_of(target, setting, params):
+def faults_of(target, setting, params, **options):
     state = jax.eval_shape(setting.optimizer().init, params)
-    compiled = compile_for(target, setting.step(), params, state, params)
+    compiled = compile_for(target, setting.step(), params, state, params, **options)
     read_twice = params if setting.nu_format == "int8" else []
     return faults(compiled, params, state, read_twice)
 
@@ -55,6 +55,13 @@ def test_gpt2_is_updated_in_one_pass_over_each_leaf(target, kind, request):
         reason = "a TPU's program for many leaves has 0.2 to 0.4 bytes of temporaries per parameter"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     assert faults_of(target, kind, kind.params(gpt2(768, 50257, 1024, layers))) == []
+
+
+@pytest.mark.parametrize("kind", [adamw(INT8), adamw(INT8, ("bfloat16", "int8"))], ids=str)
+def test_temporaries_of_many_leaves_come_from_prefetching(kind):
+    """Which is the compiler's choice: without it there are none."""
+    params = kind.params(gpt2(768, 50257, 1024, 2))
+    assert faults_of("v5e", kind, params, xla_vf_vmem_max_outstanding_prefetches="0") == []
 
 
 # The checks find what they look for.

@@ -158,7 +158,6 @@ CI = (ROOT / ".ci" / "run").read_text()
 RUN = ["uv run benchmarks/arithmetic.py"]
 
 # The others, each with the reason, and with the test that does part of the same, if there is one.
-CUDA = "--with jax-cuda12-plugin --with jax-cuda12-pjrt --with nvidia-cuda-nvcc-cu12"
 FLASH = "--with flashoptim-jax"
 NOT_RUN = {
     "bash .ci/run": "runs this test",
@@ -172,7 +171,7 @@ NOT_RUN = {
     "uv run --group compilers pytest tests/compiled --full": "takes hours: CI, without --full",
     "uv run --script tests/golden/make_golden.py": "needs torch and Keras",
     # benchmarks
-    f"uv run {CUDA} {FLASH} benchmarks/bytes.py --target h100": "needs CUDA's compiler",
+    f"uv run --group compilers {FLASH} benchmarks/bytes.py --target h100": "needs CUDA's compiler",
     "uv run --group compilers benchmarks/arithmetic.py --sass": "needs CUDA's compiler",
     f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
     f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
