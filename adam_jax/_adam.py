@@ -57,14 +57,14 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     return decayed(m, g, s.b1), decayed(v, abs_sq(g), s.b2)
 
 
-def _direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
+def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, v = moments
-    return m * (size * s.scale) / (sqrt(v + s.eps_root) + s.eps)
+    return m * s.scale / (sqrt(v + s.eps_root) + s.eps)
 
 
-def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
+def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, v = moments
-    m_hat = m * (size * s.ahead) + g * (size * s.now)
+    m_hat = m * s.ahead + g * s.now
     return m_hat / (sqrt(v + s.eps_root) + s.eps)
 
 

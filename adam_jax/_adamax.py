@@ -43,11 +43,11 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     return decayed(m, g, s.b1), u
 
 
-def _direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
+def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, u = moments
     # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative.
     still = u == 0
-    return jnp.where(still, 0, m * (size * s.unbias_m) / jnp.where(still, 1, u))
+    return jnp.where(still, 0, m * s.unbias_m / jnp.where(still, 1, u))
 
 
 def _variant(

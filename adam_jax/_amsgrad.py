@@ -56,9 +56,9 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
     return decayed(m, g, s.b1), v, jnp.maximum(v_max, v * s.before)
 
 
-def _direction(g: Leaf, moments: Moments, s: _Scalars, size: Scalar) -> Leaf:
+def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, _, v_max = moments
-    return m * (size * s.scale) / (sqrt(v_max + s.eps_root) + s.eps)
+    return m * s.scale / (sqrt(v_max + s.eps_root) + s.eps)
 
 
 def _variant(

@@ -349,7 +349,8 @@ def _step_leaf(
         # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
         new = master - remainder
     difference = -(old - new)  # new - old, but -0 where they are equal, which keeps a -0
-    # Where there is no finite difference, new is infinite or NaN, or nothing lands on it.
+    # The difference is not finite where new is not, and where two finite numbers are further apart
+    # than the largest one: no update leads from one to the other then.
     finite = jnp.isfinite(difference)
     if remainder is not None and remainder.dtype == np.float32:
         # XLA for TPU takes this as a reason to compute the step again for parameter and remainder,

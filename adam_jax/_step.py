@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from adam_jax._codec import Codec, Moments, Rows, Stored, unit_of_mu
 from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
 from adam_jax._rounding import Draw
-from adam_jax._types import Leaf, RealLeaf, Scalar
+from adam_jax._types import Leaf, RealLeaf
 
 
 class Algorithm(NamedTuple):
@@ -24,8 +24,7 @@ class Algorithm(NamedTuple):
     # All three are functions of a module, never closures: jit caches by their identity.
     scalars: Callable[..., Any]  # (count, **hyperparameters) -> what a step needs of them
     advance: Callable[[Leaf, Moments, Any], Moments]  # (gradient, moments, scalars) -> new moments
-    # (gradient, new moments, scalars, size) -> the direction of the step, times size
-    direction: Callable[[Leaf, Moments, Any, Scalar], Leaf]
+    direction: Callable[[Leaf, Moments, Any], Leaf]  # (gradient, new moments, scalars)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
@@ -93,10 +92,13 @@ def leaf_step(
             sealed, rows = _new_rows(algorithm, codec, g.astype(wide), opened, s, unit)
         new, moments = _in_one_pass(algorithm, codec, g, stored, opened, rows, draw, s)
         # The direction is that of the moments as they are stored, so that a step needs no others.
-        size = 1.0 if learning_rate is None else -learning_rate.astype(unit.dtype)
-        update = algorithm.direction(_saturated(gradient, codec), moments, s, size)
+        update = algorithm.direction(_saturated(gradient, codec), moments, s)
         if weight_decay is not None and param is not None:
-            update = update + size * weight_decay.astype(unit.dtype) * param.astype(wide)
+            update = update + weight_decay.astype(unit.dtype) * param.astype(wide)
+        if learning_rate is not None:
+            # Last: a scalar made of rate and scale would save a multiplication and lose the range
+            # of tiny moments, which underflow when they are multiplied by it.
+            update = -learning_rate.astype(unit.dtype) * update
     return update.astype(gradient.dtype), new._replace(rows=sealed)
 
 
