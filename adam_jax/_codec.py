@@ -82,7 +82,7 @@ class FloatMu(NamedTuple):
         self, mu: Leaf, root: RealLeaf, unit: RealLeaf | None, words: Words | None
     ) -> tuple[Leaf, Leaf]:
         """Returns what is stored, and what `read` makes of it."""
-        stored = _rounded(mu, self.dtype, words)
+        stored = _rounded(mu, self.dtype, words, signed=True)
         return stored, _widen(stored, mu.dtype)
 
 
@@ -103,7 +103,8 @@ class FloatNu(NamedTuple):
     ) -> tuple[RealLeaf, RealLeaf, RealLeaf]:
         """Returns what is stored, and what `read` makes of it."""
         # mu has the upper half of the words.
-        stored = _rounded(nu, self.dtype, None if words is None else words << np.uint32(16))
+        words = None if words is None else words << np.uint32(16)
+        stored = _rounded(nu, self.dtype, words, signed=False)
         return stored, *self.read(stored, scale, nu.dtype)
 
 
@@ -404,12 +405,19 @@ def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(arithmetic_dtype(x.dtype, dtype))
 
 
-def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None) -> Leaf:
+def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None, *, signed: bool) -> Leaf:
     """Rounds to nearest, and to bfloat16 stochastically."""
     # A moment that moves by less than half an ulp a step would, to nearest, never move.
     if dtype != jnp.bfloat16 or words is None:
         return nearest(x, dtype)
-    rounded, _ = split(x.astype(jnp.float32), dtype, 0, words)
+    x = x.astype(jnp.float32)
+    if signed:
+        rounded, _ = split(x, dtype, 0, words)
+    else:
+        # Without a sign, patterns have the order of the numbers. The last of them is a NaN, which
+        # must not count on to zero; a GPU adds and takes the minimum in one instruction.
+        word = jnp.minimum(_pattern(x) + (words >> np.uint32(16)), np.uint32(2**31 - 1))
+        rounded = jax.lax.bitcast_convert_type((word >> np.uint32(16)).astype(jnp.uint16), dtype)
     # The cast changes nothing but makes XLA on CPU keep the result, which it would otherwise
     # compute again for the step, with a copy of the old moment.
     return join(rounded).astype(dtype)

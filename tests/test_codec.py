@@ -609,6 +609,18 @@ def test_write_tells_what_read_will_return(dtypes, x64, compiled):
         np.testing.assert_array_equal(value, again)
 
 
+@pytest.mark.parametrize("words", [0, 2**32 - 1], ids=["down", "up"])
+def test_nu_in_bfloat16_passes_what_is_not_finite(words):
+    """NaN of any pattern too: the last one, that of GPUs, must not count on to a zero's."""
+    nu = jnp.asarray(numbers([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F7F0000, 0]))
+    like = leaf("float32", "bfloat16", shape=nu.shape)
+    drawn = given_words(np.uint32(words))
+    stored, values = codec_of(like).write((nu, nu), like, Rows(), drawn)
+    expected = np.array([np.inf, np.nan, np.nan, numbers(0x7F7F0000), 0], np.float32)
+    np.testing.assert_array_equal(np.asarray(stored.nu, np.float32), expected)
+    np.testing.assert_array_equal(values[1], expected)
+
+
 def test_both_moments_round_independently():
     """mu takes upper bits of a word, and nu lower ones."""
     phase = random_words(0).astype(np.uint32)
