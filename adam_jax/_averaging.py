@@ -13,7 +13,7 @@ from adam_jax._checks import check_decay, check_leaves, check_state
 from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
 from adam_jax._state import only_state
-from adam_jax._types import Leaf, RealLeaf, Scalar
+from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
 
 class AverageParamsState(NamedTuple):
@@ -89,7 +89,7 @@ def average_params(
             lambda p, u: p if u is None else optax.apply_updates(p, u),
             params,
             updates,
-            is_leaf=lambda x: x is None,
+            is_leaf=is_none,
         )
         count = jnp.asarray(optax.safe_increment(state.count))
         weight = bias_correction(b, count.astype(float))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from adam_jax._codec import Stored
 from adam_jax._storage import Int8Moment, stores
-from adam_jax._types import KeyPath, Scalar
+from adam_jax._types import KeyPath, Scalar, is_none
 
 
 def check_decay(name: str, b: Scalar) -> None:
@@ -243,7 +243,7 @@ def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[An
 
 def leaf_path(tree: Any, i: int) -> KeyPath:
     """The path of the i-th leaf, None being one: only errors need it, so only they pay for it."""
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0][i][0]
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0][i][0]
 
 
 def keystr(path: KeyPath) -> str:
@@ -252,7 +252,7 @@ def keystr(path: KeyPath) -> str:
 
 
 def _paths(tree: Any) -> list[str]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     return [keystr(path) for path, _ in leaves]
 
 

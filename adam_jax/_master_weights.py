@@ -24,8 +24,8 @@ from adam_jax._checks import (
 )
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import Draw, draws, join, split
-from adam_jax._state import is_none, map_states, only_state, unboxed
-from adam_jax._types import Leaf, RealLeaf, Words
+from adam_jax._state import map_states, only_state, unboxed
+from adam_jax._types import Leaf, RealLeaf, Words, is_none
 
 _NOTHING = "none"
 _FORMATS = {"int8": np.int8, "int16": np.int16, "float32": np.float32}

@@ -9,14 +9,10 @@ import optax
 from adam_jax._checks import flatten_up_to, keystr, leaf_path
 from adam_jax._codec import Rows, Stored
 from adam_jax._storage import Int8Moment
+from adam_jax._types import is_none
 
 T = TypeVar("T")
 WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
-
-
-def is_none(x: Any) -> bool:
-    """Whether x is None, for trees in which None is a leaf."""
-    return x is None
 
 
 def states_of(kind: type[T] | tuple[type[T], ...], state: Any) -> list[T]:

@@ -20,7 +20,7 @@ from adam_jax._moments import (
 )
 from adam_jax._rounding import split
 from adam_jax._state import leaves_of, states_of, states_with_moments
-from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar
+from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar, is_none
 
 _ROOTS = ("update_rms", "param_rms", "signal_to_noise", "remainder_use")  # of means of squares
 
@@ -97,9 +97,9 @@ def step_statistics(
     """
     check_decay("b1", b1)
     check_decay("b2", b2)
-    update_leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    update_leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
     param_leaves = flatten_up_to(treedef, updates, params, "params")
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, lambda x: x is None)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, is_none)]
     stored: dict[KeyPath, tuple[Stored, _Ratio]] = {}
     for found in states_with_moments(state):
         ratio = _ratio(jnp.asarray(found.count), Decay.of(b1), Decay.of(b2), infinity_norm)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adam_jax._codec import Rows, Stored
 from adam_jax._moments import arithmetic_dtype, real_dtype
-from adam_jax._types import StorageFormat, StorageFormats
+from adam_jax._types import StorageFormat, StorageFormats, is_none
 
 FORMATS = ("float32", "bfloat16", "int8")
 SMALLEST_INT8_LEAF = 4096  # elements; smaller leaves, and those with
@@ -69,7 +69,7 @@ def storage_formats(
             raise ValueError(f"{name} can't be 'int8' here: {not_int8}. Use 'bfloat16' instead.")
         return format
 
-    return jax.tree.map(named, requested, is_leaf=lambda x: x is None)
+    return jax.tree.map(named, requested, is_leaf=is_none)
 
 
 def fits_int8(shape: tuple[int, ...]) -> bool:

@@ -28,10 +28,10 @@ from adam_jax._checks import (
 )
 from adam_jax._codec import Codec, Stored, codec_of
 from adam_jax._rounding import draws
-from adam_jax._state import is_none, leaves_of, per_leaf, with_leaves
+from adam_jax._state import leaves_of, per_leaf, with_leaves
 from adam_jax._step import Algorithm, check_shard_map, leaf_step, scalars_of
 from adam_jax._storage import initial, storage_formats
-from adam_jax._types import LearningRate, Mask, StorageFormats, WeightDecay
+from adam_jax._types import LearningRate, Mask, StorageFormats, WeightDecay, is_none
 
 
 class Variant(NamedTuple):

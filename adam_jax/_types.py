@@ -1,4 +1,4 @@
-"""Names for the types that signatures share."""
+"""What signatures share: names for types, and what counts as a leaf."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,3 +21,8 @@ Mask = PyTree[bool] | Callable[[optax.Params], PyTree[bool]]
 KeyPath = tuple[Any, ...]  # as in jax.tree_util, with its type argument
 StorageFormat = str | DTypeLike | None
 StorageFormats = StorageFormat | PyTree[StorageFormat]
+
+
+def is_none(x: Any) -> bool:
+    """Whether x is None, for trees in which None is a leaf."""
+    return x is None
