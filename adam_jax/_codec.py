@@ -211,6 +211,10 @@ class Codec(NamedTuple):
         """The one of `float_dtypes` with the smallest range."""
         return min(self.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
+    def arithmetic_dtype(self, dtype: DTypeLike) -> np.dtype[Any]:
+        """Returns the dtype to compute in where gradients have this dtype."""
+        return arithmetic_dtype(dtype, *self.float_dtypes)
+
     @property
     def _rounds_floats(self) -> bool:
         return np.dtype(jnp.bfloat16) in self.float_dtypes

@@ -16,7 +16,7 @@ from adam_jax._master_weights import (
     master_params,
     no_remainders,
 )
-from adam_jax._moments import Decay, arithmetic_dtype, real_dtype, sqrt
+from adam_jax._moments import Decay, real_dtype, sqrt
 from adam_jax._rounding import Draw, draws
 from adam_jax._state import (
     WITH_MOMENTS,
@@ -134,7 +134,7 @@ def _converted_leaf(
     others = tuple(x.real for x in stored.others)
     stored = stored._replace(nu=stored.nu.real, others=others)
     codec = codec_of(stored)
-    dtype = real_dtype(arithmetic_dtype(*codec.float_dtypes, np.float32))
+    dtype = real_dtype(codec.arithmetic_dtype(np.float32))
     with jax.numpy_dtype_promotion("standard"):
         numbers = codec.read(stored, codec.opened(stored.rows, dtype), dtype)
     like = initial(numbers[0], mu, nu, len(others))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adam_jax._codec import Codec, Moments, Rows, Stored, unit_of_mu
-from adam_jax._moments import arithmetic_dtype, real_dtype, saturate
+from adam_jax._moments import real_dtype, saturate
 from adam_jax._rounding import Draw
 from adam_jax._types import Leaf, RealLeaf
 
@@ -58,8 +58,7 @@ def scalars_of(
     t = count.astype(dtype)
     unit = unit_of_mu(hyperparameters["b1"], hyperparameters["b2"], t) if coded else 0.0
     leaves, tree = jax.tree.flatten((scalars(t, **hyperparameters), unit))
-    values = jnp.stack([jnp.asarray(x, dtype) for x in leaves])
-    return Scalars(values, tree)
+    return Scalars(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -78,7 +77,7 @@ def leaf_step(
 
     Jitted by itself: traced once per shape, and one call in eager use.
     """
-    wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
+    wide = codec.arithmetic_dtype(gradient.dtype)
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
     with jax.numpy_dtype_promotion("standard"):
         s, unit = scalars.unpack(real_dtype(wide))
@@ -90,7 +89,7 @@ def leaf_step(
         opened = codec.opened(rows, unit.dtype)
         if codec.coded:
             sealed, rows = _new_rows(algorithm, codec, g.astype(wide), opened, s, unit)
-        new, moments = _in_one_pass(algorithm, codec, g, stored, opened, rows, draw, s)
+        new, moments = _in_one_pass(algorithm, codec, (g, stored, opened, rows, draw, s))
         # The direction is that of the moments as they are stored, so that a step needs no others.
         update = algorithm.direction(_saturated(gradient, codec), moments, s)
         if weight_decay is not None and param is not None:
@@ -104,7 +103,7 @@ def leaf_step(
 
 def _saturated(gradient: Leaf, codec: Codec) -> Leaf:
     """Returns the gradient in the arithmetic's dtype, its square finite in any of the codec's."""
-    wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
+    wide = codec.arithmetic_dtype(gradient.dtype)
     # Where rows have a scale, infinity and NaN are in the scale.
     return saturate(gradient.astype(wide), codec.narrowest, passing=not codec.nu_is_coded)
 
@@ -183,14 +182,9 @@ def _largest(gradient: Leaf, narrowest: DTypeLike) -> RealLeaf:
 def _in_one_pass(
     algorithm: Algorithm,
     codec: Codec,
-    gradient: Leaf,
-    stored: Stored,
-    opened: Rows,
-    rows: Rows,
-    draw: Draw | None,
-    s: Any,
+    args: tuple[Leaf, Stored, Rows, Rows, Draw | None, Any],
 ) -> tuple[Stored, Moments]:
-    """Returns what `_advanced` does, in the form that each compiler needs.
+    """Returns what `_advanced` does with these arguments, in the form that each compiler needs.
 
     XLA for CPU makes one pass for each output of a step, and would decode, average and encode
     anew in each of them, with copies of the old moments for those that come too late. It does not
@@ -199,14 +193,14 @@ def _in_one_pass(
     and there it costs less to go on from the values.
     """
     advanced = functools.partial(_advanced, algorithm, codec)
-    args = gradient, stored, opened, rows, draw, s
+    gradient, _, _, rows, draw, _ = args
     if draw is None or not codec.coded:
         return advanced(*args)
     always = draw.factor > 0  # it is odd
-    wide = arithmetic_dtype(gradient.dtype, *codec.float_dtypes)
+    dtype = real_dtype(codec.arithmetic_dtype(gradient.dtype))
 
     def and_moments(stored: Stored, rows: Rows) -> tuple[Stored, Moments]:
-        return stored, codec.read(stored, rows, real_dtype(wide))
+        return stored, codec.read(stored, rows, dtype)
 
     def on_cpu(*args: Any) -> tuple[Stored, Moments]:
         joined = jax.lax.cond(

@@ -289,7 +289,7 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
                         f"to_params gives {keystr(path)} the shape {np.shape(x)}, and state."
                         f"{field} there has {like.mu.shape}. Is it to be transposed?"
                     )
-            dtype = arithmetic_dtype(*codec_of(like).float_dtypes, np.float32)
+            dtype = codec_of(like).arithmetic_dtype(np.float32)
             numbers = cast(Moments, tuple(x.astype(dtype) for x in numbers))
             like = written(numbers, like, draw, count)
         filled.append(like)
