@@ -183,9 +183,9 @@ class Bounds(NamedTuple):
 
 BOUNDS = {
     "float32": Bounds(1e-5, 1e-4),
-    "bfloat16": Bounds(0.01, 0.2),
-    "int8": Bounds(0.01, 0.02),
-    "7 bytes": Bounds(0.01, 0.02),
+    "bfloat16": Bounds(0.01, 0.02),
+    "int8": Bounds(0.01, 0.01),
+    "7 bytes": Bounds(0.01, 0.01),
     "amsgrad": Bounds(1e-5, 1e-4),
     "adamax": Bounds(1e-5, 1e-4),
 }
