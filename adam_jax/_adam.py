@@ -10,15 +10,7 @@ from adam_jax._codec import Moments
 from adam_jax._moments import Blend, Decay, abs_sq, bias_correction, decayed, sqrt
 from adam_jax._step import Algorithm
 from adam_jax._transformation import Variant, descend, scale_by, variant
-from adam_jax._types import (
-    Leaf,
-    LearningRate,
-    Mask,
-    RealLeaf,
-    Scalar,
-    StorageFormats,
-    WeightDecay,
-)
+from adam_jax._types import Leaf, Mask, Rate, RealLeaf, Scalar, StorageFormats
 
 
 class _Scalars(NamedTuple):
@@ -134,7 +126,7 @@ def scale_by_adam(
 
 
 def adam(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
@@ -203,13 +195,13 @@ def adam(
 
 
 def adamw(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     mu_dtype: StorageFormats = None,
-    weight_decay: WeightDecay = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Mask | None = None,
     *,
     nu_dtype: StorageFormats = None,
@@ -228,8 +220,8 @@ def adamw(
         eps: as in `adam`.
         eps_root: as in `adam`.
         mu_dtype: as in `adam`.
-        weight_decay: a number or a schedule, multiplied by the learning rate as in optax and
-            torch. optax's default 1e-4; torch's is 1e-2.
+        weight_decay: a number, a schedule or a tree of these, like `learning_rate`, by which it
+            is multiplied as in optax and torch. optax's default 1e-4; torch's is 1e-2.
         mask: which leaves decay: a tree of bools that is a prefix of the parameter tree, or a
             function from the parameters to one. None: all of them.
         nu_dtype: as in `adam`.
@@ -251,7 +243,7 @@ def adamw(
 
 
 def nadam(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
@@ -273,13 +265,13 @@ def nadam(
 
 
 def nadamw(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     mu_dtype: StorageFormats = None,
-    weight_decay: WeightDecay = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Mask | None = None,
     *,
     nu_dtype: StorageFormats = None,

@@ -11,15 +11,7 @@ from adam_jax._moments import Blend, Decay, bias_correction, decayed
 from adam_jax._step import Algorithm
 from adam_jax._storage import MAXIMUM
 from adam_jax._transformation import Variant, descend, scale_by, variant
-from adam_jax._types import (
-    Leaf,
-    LearningRate,
-    Mask,
-    RealLeaf,
-    Scalar,
-    StorageFormats,
-    WeightDecay,
-)
+from adam_jax._types import Leaf, Mask, Rate, RealLeaf, Scalar, StorageFormats
 
 _NO_MU_UNIT = "mu in int8 counts in square roots of a second raw moment, which AdaMax does not have"
 
@@ -85,7 +77,7 @@ def scale_by_adamax(
 
 
 def adamax(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
@@ -129,11 +121,11 @@ def adamax(
 
 
 def adamaxw(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
-    weight_decay: WeightDecay = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Mask | None = None,
     *,
     mu_dtype: StorageFormats = None,

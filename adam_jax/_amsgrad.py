@@ -11,7 +11,7 @@ from adam_jax._moments import Blend, Decay, abs_sq, bias_correction, decayed, sq
 from adam_jax._step import Algorithm
 from adam_jax._storage import MAXIMUM
 from adam_jax._transformation import Variant, descend, scale_by, variant
-from adam_jax._types import Leaf, LearningRate, RealLeaf, Scalar, StorageFormats
+from adam_jax._types import Leaf, Rate, RealLeaf, Scalar, StorageFormats
 
 Maximum = Literal["raw", "corrected"]
 
@@ -129,7 +129,7 @@ def scale_by_amsgrad(
 
 
 def amsgrad(
-    learning_rate: LearningRate,
+    learning_rate: Rate,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,

@@ -10,19 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from adam_jax._codec import Stored
 from adam_jax._storage import Int8Moment, stores
-from adam_jax._types import KeyPath, Scalar, is_none
+from adam_jax._types import KeyPath, Scalar, is_function, is_none
 
 
 def check_decay(name: str, b: Scalar) -> None:
     """Raises ValueError unless 0 <= b < 1 (a bfloat16 or float16 b may have rounded to 1)."""
     _check_scalar(name, b)
     # `optax.inject_hyperparams` rounds to the parameters' dtype: see `_moments.Decay`.
-    rounded = isinstance(b, jax.Array) and jnp.finfo(b.dtype).bits < 32
+    dtype = b.dtype if isinstance(b, jax.Array) else np.dtype(np.float32)
+    rounded = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     # As a number: under jit, what is compared with an array is a tracer, whatever the array is.
     if _is_concrete(b) and not (0 <= float(b) < 1 or (rounded and float(b) == 1)):
         raise ValueError(f"{name} must be in [0, 1), got {b}.")
@@ -36,10 +38,18 @@ def check_not_negative(name: str, value: Scalar) -> None:
 
 
 def check_rate(name: str, rate: Any) -> None:
-    """Raises TypeError unless every leaf is a schedule, a number, or an array or tracer of one."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(rate, is_leaf=callable):
-        if not callable(leaf):
-            _check_number(name + (jax.tree_util.keystr(path)), leaf, "a number or a schedule")
+    """Raises unless every leaf is a schedule, a number, or an array or tracer of one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rate, is_leaf=is_function):
+        if not is_function(leaf):
+            path = name + jax.tree_util.keystr(path)
+            _check_number(path, leaf, "a number or a schedule")
+            _check_shape(path, leaf)
+
+
+def check_scheduled(name: str, rates: Any) -> None:
+    """Raises ValueError unless what schedules have returned are scalars."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rates):
+        _check_shape(f"the schedule {name}{jax.tree_util.keystr(path)}", leaf)
 
 
 def _check_number(name: str, value: Any, expected: str) -> None:
@@ -50,6 +60,10 @@ def _check_number(name: str, value: Any, expected: str) -> None:
 
 def _check_scalar(name: str, value: Scalar) -> None:
     _check_number(name, value, "a number")
+    _check_shape(name, value)
+
+
+def _check_shape(name: str, value: Any) -> None:
     if np.shape(value) != ():
         raise ValueError(
             f"{name} must be a scalar, got shape {np.shape(value)}. To run several settings at "
@@ -59,6 +73,16 @@ def _check_scalar(name: str, value: Scalar) -> None:
 
 def _is_concrete(value: Scalar) -> bool:
     return not isinstance(value, Tracer)
+
+
+def check_mask(path: Callable[[int], KeyPath], mask: Sequence[Any]) -> None:
+    """Raises ValueError unless each leaf's mask is one bool; `path` is that of the i-th leaf."""
+    for i, value in enumerate(mask):
+        if np.shape(value) != ():
+            raise ValueError(
+                f"mask has shape {np.shape(value)} at {keystr(path(i))}. It says of "
+                "whole leaves whether they decay: pass one bool for each."
+            )
 
 
 def check_leaves(what: str, tree: Any) -> None:
@@ -215,6 +239,26 @@ def check_state(kind: type[Any], state: Any) -> None:
             "checkpoint restored without a target loses its types: restore it onto the state "
             "from init."
         )
+
+
+def check_states(expected: Any, state: Any) -> None:
+    """Raises TypeError unless a tuple of states has the types that are expected of them."""
+    names = _type_names(expected)
+    if _type_names(state) != names:
+        raise TypeError(
+            f"expected the state that init returns, {names}, got {_type_names(state)}. A state "
+            "belongs to one optimizer, with a schedule or without. A checkpoint restored without "
+            "a target loses its types: restore it onto the state from init."
+        )
+
+
+def _type_names(state: Any) -> str:
+    if isinstance(state, optax.MaskedState):
+        return f"MaskedState({_type_names(state.inner_state)})"
+    if type(state) in (tuple, list):
+        names = ", ".join(map(_type_names, state))
+        return f"({names})" if isinstance(state, tuple) else f"[{names}]"
+    return state.__name__ if isinstance(state, type) else type(state).__name__
 
 
 def check_real(path: Callable[[], KeyPath], param: Any, format: str | None) -> None:

@@ -34,6 +34,8 @@ class Decay(NamedTuple):
         if not isinstance(b, jax.Array):
             b = float(b)
             return cls(b, 1 - b, math.log(max(b, 0.5)))
+        if not jnp.issubdtype(b.dtype, jnp.floating):
+            b = b.astype(jnp.result_type(float))
         if jnp.finfo(b.dtype).bits < 32:
             # `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, and in
             # bfloat16 every decay rate above 1 - 2^-9 becomes 1, with which nothing would ever be

@@ -18,10 +18,13 @@ import optax
 from adam_jax._checks import (
     check_leaf,
     check_leaves,
+    check_mask,
     check_param,
     check_rate,
     check_real,
+    check_scheduled,
     check_state,
+    check_states,
     check_struct,
     flatten_up_to,
     leaf_path,
@@ -31,7 +34,7 @@ from adam_jax._rounding import draws
 from adam_jax._state import leaves_of, per_leaf, with_leaves
 from adam_jax._step import Algorithm, check_shard_map, leaf_step, scalars_of
 from adam_jax._storage import initial, storage_formats
-from adam_jax._types import LearningRate, Mask, StorageFormats, WeightDecay, is_none
+from adam_jax._types import Mask, Rate, StorageFormats, is_function, is_none
 
 
 class Variant(NamedTuple):
@@ -77,8 +80,8 @@ def scale_by(variant: Variant) -> optax.GradientTransformationExtraArgs:
 
 def descend(
     variant: Variant,
-    learning_rate: LearningRate,
-    weight_decay: WeightDecay | None = None,
+    learning_rate: Rate,
+    weight_decay: Rate | None = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the whole step: -learning_rate (direction + weight_decay params).
@@ -88,17 +91,22 @@ def descend(
     check_rate("learning_rate", learning_rate)
     if weight_decay is not None:
         check_rate("weight_decay", weight_decay)
-    has_schedule = any(map(callable, jax.tree.leaves(learning_rate, is_leaf=callable)))
+
+    def counts() -> tuple[Any, ...]:
+        """Returns the states beside that of the moments. They hold the counts of schedules."""
+        states = []
+        if weight_decay is not None:
+            rate = cast(Any, optax.constant_schedule(0) if _has_schedule(weight_decay) else 0.0)
+            state = optax.add_decayed_weights(rate).init({})
+            states.append(state if mask is None else optax.MaskedState(state))
+        if _has_schedule(learning_rate):
+            states.append(optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)))
+        else:
+            states.append(optax.EmptyState())
+        return tuple(states)
 
     def init(params: optax.Params) -> tuple[Any, ...]:
-        count = jnp.zeros([], jnp.int32)
-        rate_state = optax.ScaleByScheduleState(count) if has_schedule else optax.EmptyState()
-        if weight_decay is None:
-            return _init(variant, params), rate_state
-        decay_state = optax.add_decayed_weights(cast(Any, weight_decay)).init(params)
-        if mask is not None:
-            decay_state = optax.MaskedState(decay_state)
-        return _init(variant, params), decay_state, rate_state
+        return _init(variant, params), *counts()
 
     def update(
         updates: optax.Updates,
@@ -107,28 +115,25 @@ def descend(
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[Any, ...]]:
         del extra_args
-        size = 2 if weight_decay is None else 3
-        if not isinstance(state, tuple) or len(cast(tuple[Any, ...], state)) != size:
-            found = f" of {len(state)}" if isinstance(state, tuple) else ""
-            raise ValueError(
-                f"expected a tuple of {size} states, as init returns it, got "
-                f"{type(state).__name__}{found}."
-            )
+        check_states((variant.state, *counts()), state)
         direction_state, *decay_states, rate_state = state
-        rates = per_leaf("learning_rate", _at(learning_rate, rate_state), updates)
+        rates = per_leaf("learning_rate", _at("learning_rate", learning_rate, rate_state), updates)
         decays: list[Any] | None = None
         if weight_decay is not None:
             if params is None:
                 raise ValueError(
                     "weight decay needs the parameters: call update(gradients, state, params)."
                 )
-            decay = _at(weight_decay, decay_states)
-            decayed = True if mask is None else mask(params) if callable(mask) else mask
-            decays = [decay if yes else None for yes in per_leaf("mask", decayed, updates)]
+            decay = _at("weight_decay", weight_decay, decay_states)
+            decays = per_leaf("weight_decay", decay, updates)
+            if mask is not None:
+                masked = per_leaf("mask", mask(params) if is_function(mask) else mask, updates)
+                check_mask(functools.partial(leaf_path, updates), masked)
+                decays = [x if yes else None for x, yes in zip(decays, masked, strict=True)]
         updates, direction_state = _update(variant, updates, direction_state, params, rates, decays)
         # The other states hold nothing but the counts of their schedules.
-        counts = jax.tree.map(optax.safe_increment, (*decay_states, rate_state))
-        return updates, (direction_state, *counts)
+        next_counts = jax.tree.map(optax.safe_increment, (*decay_states, rate_state))
+        return updates, (direction_state, *next_counts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -215,13 +220,19 @@ def _has_int8(formats: StorageFormats) -> bool:
     return "int8" in jax.tree.leaves(formats)
 
 
-def _at(rate: LearningRate, state: Any) -> Any:
+def _has_schedule(rate: Rate) -> bool:
+    return any(map(is_function, jax.tree.leaves(rate, is_leaf=is_function)))
+
+
+def _at(name: str, rate: Rate, state: Any) -> Any:
     """A rate, or tree of rates, with schedules evaluated at the count that the state holds."""
-    return _as_arrays(
-        jax.tree.map(
-            lambda r: r(jax.tree.leaves(state)[0]) if callable(r) else r, rate, is_leaf=callable
-        )
-    )
+
+    def evaluated(rate: Any) -> Any:
+        return rate(jax.tree.leaves(state)[0]) if is_function(rate) else rate
+
+    rates = jax.tree.map(evaluated, rate, is_leaf=is_function)
+    check_scheduled(name, rates)
+    return _as_arrays(rates)
 
 
 @jax.jit

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import each_row
+from optimizers import ROWS, each_row
 from trees import untyped
 
 import adam_jax
@@ -63,6 +63,22 @@ def test_hyperparameters_are_scalars():
         adam_jax.adam(0.1, b1=jnp.array([0.9, 0.8]))
     with pytest.raises(TypeError, match="eps must be a number, got 'small'"):
         adam_jax.adam(0.1, eps="small")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_rates_are_scalars(name):
+    """Another shape would be broadcast, and parameters with it."""
+    settings = {"learning_rate": 0.1}
+    for value in (jnp.array([0.1]), np.ones((3, 1)), {"dense": jnp.ones(3)}):
+        with pytest.raises(ValueError, match=rf"^{name}.* must be a scalar, got shape .*vmap"):
+            adam_jax.adamw(**settings | {name: value})
+    for schedule in (lambda count: jnp.ones(1), {"dense": lambda count: jnp.ones((2, 3))}):
+        optimizer = adam_jax.adamw(**settings | {name: schedule})
+        message = rf"^the schedule {name}.* must be a scalar, got shape"
+        with pytest.raises(ValueError, match=message):
+            update(optimizer, PARAMS)
+        with pytest.raises(ValueError, match=message):
+            jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
 def test_learning_rate_and_weight_decay_of_the_wrong_type():
@@ -142,6 +158,12 @@ def test_complex_gradients_of_real_parameters(row):
         update(row.make(), with_kernel(jnp.ones((2, 3), jnp.complex64)))
 
 
+def test_a_mask_of_elements():
+    mask = {"dense": {"kernel": True, "bias": jnp.array([True, False, True])}}
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\) at \['dense'\]\['bias'\].*bool"):
+        update(adam_jax.adamw(0.1, mask=mask), PARAMS)
+
+
 @pytest.mark.parametrize("name", ["adamw", "nadamw", "adamaxw"])
 def test_decay_without_parameters(name):
     optimizer = getattr(adam_jax, name)(0.1)
@@ -196,8 +218,9 @@ def test_states_of_something_else():
     optimizer = adam_jax.scale_by_adam()
     with pytest.raises(TypeError, match=r"expected the ScaleByAdamState .*got dict"):
         optimizer.update(PARAMS, {"count": 0, "mu": PARAMS, "nu": PARAMS})
-    for state, got in [(optimizer.init(PARAMS), "ScaleByAdamState of 3"), (None, "NoneType")]:
-        with pytest.raises(ValueError, match=f"expected a tuple of 2 states, .* got {got}"):
+    for state, got in [(optimizer.init(PARAMS), "ScaleByAdamState"), (None, "NoneType")]:
+        expected = r"\(ScaleByAdamState, EmptyState\)"
+        with pytest.raises(TypeError, match=f"init returns, {expected}, got {got}"):
             adam_jax.adam(0.1).update(PARAMS, state)
     wrappers = {
         "AverageParamsState": adam_jax.average_params(optimizer),
@@ -206,3 +229,36 @@ def test_states_of_something_else():
     for name, wrapper in wrappers.items():
         with pytest.raises(TypeError, match=f"expected the {name} that init returns, got tuple"):
             wrapper.update(PARAMS, (), PARAMS)
+
+
+def without_types(state):
+    """A state as a checkpoint has it that is restored without a target."""
+    if hasattr(state, "_asdict"):
+        state = state._asdict()
+    if isinstance(state, dict):
+        return {key: without_types(value) for key, value in state.items()}
+    return list(map(without_types, state)) if isinstance(state, tuple) else state
+
+
+@each_row
+def test_a_state_without_types(row):
+    optimizer = row.make()
+    state = without_types(optimizer.init(PARAMS))
+    with pytest.raises(TypeError, match=r"expected the .* that init returns, .*got .*restore it"):
+        optimizer.update(PARAMS, state, PARAMS)
+
+
+@each_row
+def test_the_state_of_another_optimizer(row):
+    """The error names what was expected and what was given, whatever the optimizers are."""
+    schedule = functools.partial(jnp.multiply, 0.1)
+    states = [row.make().init(PARAMS) for row in ROWS]
+    states += [row.make(learning_rate=schedule).init(PARAMS) for row in ROWS]
+    states += [row.make(weight_decay=schedule, mask=True).init(PARAMS) for row in ROWS]
+    optimizer = row.make()
+    own = jax.tree.structure(optimizer.init(PARAMS))
+    others = [state for state in states if jax.tree.structure(state) != own]
+    assert len(others) > len(ROWS)
+    for state in others:
+        with pytest.raises((TypeError, ValueError), match=r"expected the .*got|is stored in"):
+            optimizer.update(PARAMS, state, PARAMS)

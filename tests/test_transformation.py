@@ -1,7 +1,10 @@
 """What surrounds one leaf's step: rates, decay, masks, one rounding, what is compiled."""
 
+import functools
 from typing import Any
 
+import equinox as eqx
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +67,49 @@ def test_the_mask_says_which_leaves_decay(as_function):
     np.testing.assert_array_equal(updates["dense"]["bias"], plain["dense"]["bias"])
     theirs = optax.adamw(0.1, mask=mask).init(PARAMS)
     assert jax.tree.structure(state) == jax.tree.structure(theirs)
+
+
+class CallableInFlax(flax.struct.PyTreeNode):
+    w: Any
+
+    def __call__(self):
+        raise AssertionError
+
+
+class CallableInEquinox(eqx.Module):
+    w: Any
+
+    def __call__(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("module", [CallableInFlax, CallableInEquinox])
+def test_a_tree_that_can_be_called_is_a_tree(module):
+    params, frozen = module(jnp.ones(3)), module(jnp.zeros(3))
+    for mask in (module(True), lambda _: module(True), functools.partial(lambda _: module(True))):
+        optimizer = adam_jax.adamw(0.1, weight_decay=0.5, mask=mask)
+        np.testing.assert_allclose(update(optimizer, frozen, params)[0].w, -0.05)
+    by_count = jax.tree_util.Partial(lambda count: 0.1)
+    for rate in (module(0.1), module(by_count), by_count, functools.partial(by_count)):
+        np.testing.assert_allclose(update(adam_jax.adam(rate), params, params)[0].w, -0.1)
+        optimizer = adam_jax.adamw(1.0, weight_decay=rate)
+        np.testing.assert_allclose(update(optimizer, frozen, params)[0].w, -0.1)
+
+
+def test_a_tree_of_weight_decays():
+    """With schedules in it, under a mask, and a prefix of the parameters."""
+    decay = {"dense": {"kernel": optax.linear_schedule(0.1, 0.2, 1), "bias": 0.2}, "head": 0.4}
+    params = {**PARAMS, "head": [jnp.ones(3), jnp.ones(3)]}
+    mask = {"dense": True, "head": [True, False]}
+    optimizer = untyped(adam_jax.adamw(1.0, weight_decay=decay, mask=mask))
+    state, zeros = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    for kernel in (-0.1, -0.2):
+        updates, state = optimizer.update(zeros, state, params)
+        expected = [-0.2, kernel, -0.4, 0.0]  # bias, kernel and both heads
+        for actual, desired in zip(jax.tree.leaves(updates), expected, strict=True):
+            np.testing.assert_allclose(actual, desired, rtol=1e-6)
+    with pytest.raises(ValueError, match="weight_decay must be one value or a tree prefix"):
+        update(adam_jax.adamw(0.1, weight_decay={"conv": 0.1}), PARAMS)
 
 
 def test_a_weight_decay_schedule():

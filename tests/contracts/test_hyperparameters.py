@@ -57,6 +57,22 @@ def test_inject_hyperparams_with_bfloat16_parameters(row):
 
 
 @each_row
+def test_integer_decay_rates(row):
+    gradients = random((2, 3, 5), "float32", 0)
+    params = gradients[0]
+
+    def updates(optimizer):
+        return run_eagerly(optimizer, params, gradients)[0]
+
+    for name in ("b1", "b2"):
+        plain = updates(row.make(**{name: 0.0}))
+        for zero in (0, np.int32(0), jnp.array(0), jnp.array(0, jnp.uint8)):
+            chex.assert_trees_all_equal(updates(row.make(**{name: zero})), plain)
+        injected = optax.inject_hyperparams(row.factory)(**row.settings | {name: 0})
+        assert_close(updates(injected), plain, max(1e-6, row.storage_error))
+
+
+@each_row
 def test_injected_hyperparameters_can_be_changed_without_compiling_again(row):
     params = few_params_of()
     gradients = gradients_of(params)
