@@ -29,6 +29,49 @@ def test_the_average_is_the_weighted_mean_of_the_parameters(decay):
         np.testing.assert_allclose(averaged(params, states, t - 1), desired, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("change", ["on a schedule", "once", "traced"])
+def test_an_average_whose_decay_changes(change, x64):
+    """The weights of the average are the products of the decays that came after."""
+    steps = 40
+    decays = np.where(np.arange(steps) < 20, 0.9, 0.999)
+    if change == "on a schedule":
+        decays = np.minimum((np.arange(steps) + 1) / (np.arange(steps) + 11), 0.9999)
+    params = jnp.asarray(normal(steps, 4))
+
+    def step(state, at):
+        decay, p = at
+        optimizer = adam_jax.average_params(optax.identity(), decay)
+        _, state = optimizer.update(jnp.zeros_like(p), state, p)
+        return state, (adam_jax.averaged_params(p, state), state.weight)
+
+    state = adam_jax.average_params(optax.identity()).init(params[0])
+    if change == "traced":
+        _, (average, weight) = jax.lax.scan(step, state, (jnp.asarray(decays), params))
+    else:
+        rows = []
+        for at in zip(decays.tolist(), params, strict=True):
+            state, row = step(state, at)
+            rows.append(row)
+        average, weight = map(jnp.stack, zip(*rows, strict=True))
+    for t in (1, 20, 21, steps):
+        later = np.append(np.cumprod(decays[1:t][::-1])[::-1], 1)
+        weights = (1 - decays[:t]) * later
+        desired = np.tensordot(weights, np.asarray(params[:t], np.float64), 1) / weights.sum()
+        np.testing.assert_allclose(weight[t - 1], weights.sum(), rtol=2e-6)
+        np.testing.assert_allclose(average[t - 1], desired, rtol=5e-6, atol=2e-6)
+
+
+def test_the_weight_of_a_long_average():
+    """A constant decay: 1 - decay^t as exact as float32 has it, where the recursion would be off by 3e-5."""
+    optimizer = adam_jax.average_params(optax.identity(), 0.999)
+    p = jnp.ones(1)
+    start = optimizer.init(p)
+    step = lambda state, _: (optimizer.update(p, state, p)[1], state.weight)  # noqa: E731
+    _, weight = jax.lax.scan(step, start, length=20_000)
+    desired = -np.expm1(np.arange(20_000) * np.log(0.999))
+    np.testing.assert_allclose(weight, desired, rtol=4e-7)
+
+
 def test_the_average_is_nearer_to_the_optimum_than_the_parameters():
     noise = jnp.asarray(normal(4000, 100))
     optimizer = adam_jax.average_params(adam_jax.adam(0.05), 0.99)
