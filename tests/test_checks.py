@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +69,15 @@ def test_hyperparameters_are_scalars():
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
 def test_rates_are_scalars(name):
     """Another shape would be broadcast, and parameters with it."""
-    settings = {"learning_rate": 0.1}
+
+    def make(value: Any):
+        return adam_jax.adamw(**{"learning_rate": 0.1, name: value})
+
     for value in (jnp.array([0.1]), np.ones((3, 1)), {"dense": jnp.ones(3)}):
         with pytest.raises(ValueError, match=rf"^{name}.* must be a scalar, got shape .*vmap"):
-            adam_jax.adamw(**settings | {name: value})
+            make(value)
     for schedule in (lambda count: jnp.ones(1), {"dense": lambda count: jnp.ones((2, 3))}):
-        optimizer = adam_jax.adamw(**settings | {name: schedule})
+        optimizer = make(schedule)
         message = rf"^the schedule {name}.* must be a scalar, got shape"
         with pytest.raises(ValueError, match=message):
             update(optimizer, PARAMS)
