@@ -41,7 +41,7 @@ def step_statistics(
     |---|---|
     | `update_rms` | root mean square of the update, in units of the parameters |
     | `param_rms` | root mean square of the parameters before the step |
-    | `update_to_param` | their ratio; infinite where parameters are all 0 and the update is not |
+    | `update_to_param` | their ratio; 0 where parameters are all 0 |
     | `signal_to_noise` | root mean square of the ratio m^ / sqrt(v^) |
     | `near_bound` | share of the coordinates whose ratio is more than half of its bound |
     | `nu_at_smallest` | share of nu at the smallest value its format has: code 0 in int8, else 0 |
@@ -58,8 +58,9 @@ def step_statistics(
         r = b1^2 / b2,    c = sqrt(1 - b2^t) / (1 - b1^t)
 
     which with the defaults is 1 at the first step, where every coordinate is at its bound, and
-    7.27 in the long run. Moments in bfloat16 and int8 are read as a step reads them. The use of
-    the remainders is their root mean square, over that of uniform ones.
+    7.27 in the long run. Before a first step, as under `optax.MultiSteps`, the ratio is 0. Moments
+    in bfloat16 and int8 are read as a step reads them. The use of the remainders is their root
+    mean square, over that of uniform ones, and 1 at most.
 
     It is one more pass over arrays that a step has at hand: to be called in the jitted step.
 
@@ -147,7 +148,7 @@ class _Kept(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _ratio(count: jax.Array, b1: Decay, b2: Decay, infinity_norm: bool) -> _Ratio:
-    t = count.astype(float)
+    t = jnp.maximum(count, 1).astype(float)  # before the first step moments are 0
     b2_or_tiny = jnp.maximum(b2.b, jnp.finfo(t.dtype).tiny)
     correction = 1 / bias_correction(b1, t)
     if infinity_norm:
@@ -212,7 +213,9 @@ def _leaf_means(
         terms["signal_to_noise"] = jnp.square(ratio)
         terms["near_bound"] = ratio > bound / 2
         terms["nu_at_smallest"] = codec.nu_at_smallest(kept.moments)
-    return {name: jnp.sum(x, dtype=jnp.float32) / max(x.size, 1) for name, x in terms.items()}
+    return {
+        name: jnp.sum(x, dtype=jnp.float32) / float(max(x.size, 1)) for name, x in terms.items()
+    }
 
 
 @jax.jit
@@ -220,5 +223,7 @@ def _finished(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
     statistics = {name: jnp.sqrt(x) if name in _ROOTS else x for name, x in means.items()}
     if means:
         update, param = statistics["update_rms"], statistics["param_rms"]
-        statistics["update_to_param"] = jnp.where(update == 0, 0, update / param)
+        statistics["update_to_param"] = jnp.where(param == 0, 0, update / param)
+    if "remainder_use" in means:  # of remainders that are no uniform ones it may be sqrt(3)
+        statistics["remainder_use"] = jnp.minimum(statistics["remainder_use"], 1)
     return statistics

@@ -9,6 +9,8 @@ from contract import gradients_of, moments_of, params_of, run
 from optimizers import each_row, each_row_with_peer
 from trees import assert_close, random
 
+import adam_jax
+
 pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
 
 
@@ -57,3 +59,42 @@ def test_eval_shape(row):
     chex.assert_trees_all_equal_shapes_and_dtypes(
         jax.eval_shape(optimizer.init, params), optimizer.init(params)
     )
+
+
+@each_row
+@pytest.mark.parametrize("shape", [(2**31,), (3, 2**32), (2**16, 2**16)])
+def test_leaves_of_more_than_2_to_the_31_elements(row, shape, standard_promotion):
+    """Everything traces: sizes are no int32."""
+    params = {"w": jax.ShapeDtypeStruct(shape, row.param_dtype)}
+    optimizer = row.make()
+
+    def everything(params, gradients):
+        old_state = optimizer.init(params)
+        updates, state = optimizer.update(gradients, old_state, params)
+        statistics = adam_jax.step_statistics(updates, state, params, old_state=old_state)
+        formats = {} if "max" in row.name else {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
+        converted = adam_jax.convert_state(state, **formats)
+        readers = []
+        if row.name == "average_params":
+            readers = [adam_jax.averaged_params(params, state)]
+        return optax.apply_updates(params, updates), statistics, converted, readers
+
+    new_params, statistics, *_ = jax.eval_shape(everything, params, params)
+    assert new_params["w"].shape == shape
+    assert all(x.shape == () for x in statistics.values())
+
+
+@pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
+def test_master_weights_of_more_than_2_to_the_31_elements(remainder):
+    shape = (2**16, 2**16)
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    optimizer = adam_jax.master_weights(adam_jax.adam(0.1), remainder)
+
+    def everything(params):
+        state = optimizer.init(params)
+        masters = adam_jax.master_params(params, state)
+        params, state = adam_jax.load_master_params(masters, params, state)
+        return adam_jax.convert_remainder(params, state, "int8")
+
+    new_params, state = jax.eval_shape(everything, params)
+    assert new_params["w"].shape == state.remainder["w"].shape == shape
