@@ -92,10 +92,17 @@ def check_leaves(what: str, tree: Any) -> None:
 
 
 def _check_inexact(what: str, path: Callable[[], KeyPath], leaf: Any) -> None:
-    if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
+    is_array = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+    dtype = _dtype(leaf) if is_array else type(leaf).__name__
+    # float8 is a floating dtype, but none that JAX promotes to float32.
+    if not (is_array and jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16):
         raise TypeError(
-            f"{what} {keystr(path())} has dtype {_dtype(leaf)}; only real and complex floating "
-            "dtypes can be optimized. Leave the leaf out with optax.masked, or pass None for it."
+            f"{what} {keystr(path())} has dtype {dtype}; only real and complex floating dtypes of "
+            "16 bits or more can be optimized. Leave the leaf out with optax.masked, or pass None "
+            "for it."
+            if is_array
+            else f"{what} {keystr(path())} is a {dtype} and no array. Pass a tree of arrays, with "
+            "None for all else: equinox.filter(model, equinox.is_inexact_array) makes one."
         )
 
 

@@ -130,7 +130,7 @@ def master_weights(
         return MasterWeightsState(
             count=jnp.zeros([], jnp.int32),
             remainder=no_remainders(params, remainder),
-            inner_state=inner.init(jax.tree.map(master_leaf, params)),
+            inner_state=inner.init(jax.tree.map(_master_like, params)),
         )
 
     def update(
@@ -281,6 +281,13 @@ def is_low(leaf: Any) -> bool:
 def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
     """The float32 weight of which a parameter is the upper bits; other parameters as they are."""
     return _joined(param, remainder) if is_low(param) else param
+
+
+def _master_like(param: Any) -> Any:
+    """The float32 weight of a parameter, or its shape where only that is known."""
+    if is_low(param) and isinstance(param, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(param.shape, np.float32, sharding=param.sharding)
+    return master_leaf(param)
 
 
 def _widened(gradient: Any, param: Any) -> Any:

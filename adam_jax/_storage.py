@@ -124,4 +124,6 @@ def _rows(param: Any) -> jax.Array:
 
 
 def _is_concrete(param: Any) -> bool:
-    return isinstance(param, jax.Array) and not isinstance(param, Tracer)
+    """Whether a parameter, or what stands for it, is no tracer and tells its own sharding."""
+    known = isinstance(param, jax.Array | jax.ShapeDtypeStruct)
+    return known and not isinstance(param, Tracer)

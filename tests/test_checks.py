@@ -127,6 +127,21 @@ def test_parameters_of_integer_dtype(row):
 
 
 @each_row
+@pytest.mark.parametrize(
+    ("leaf", "detail"),
+    [
+        (jax.nn.relu, "is a .* and no array.*equinox.filter"),
+        ("float32", "is a str and no array"),
+        (jnp.ones(3, jnp.float8_e4m3fn), "has dtype float8_e4m3fn; only .* of 16 bits or more"),
+        (jax.random.key(0), "has dtype key<fry>; only real and complex"),
+    ],
+)
+def test_leaves_that_are_no_parameters(row, leaf, detail):
+    with pytest.raises(TypeError, match=rf"parameter \['dense'\]\['kernel'\] {detail}"):
+        row.make().init(with_kernel(leaf))
+
+
+@each_row
 def test_gradients_of_another_shape(row):
     message = r"gradient \['dense'\]\['kernel'\] has shape \(3, 2\), but state\.mu .* \(2, 3\)"
     with pytest.raises(ValueError, match=message):

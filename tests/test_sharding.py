@@ -188,9 +188,15 @@ def test_codes_however_rows_are_divided(row, spec, kind):
         state = optimizer.init(params)
         for init in (jax.jit(optimizer.init), jax.jit(optimizer.init, out_shardings=shardings)):
             assert_same_bits(init(params), state)
-        for x in jax.tree.leaves(state):
+        shapes = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
+        )
+        assert_same_bits(of_shapes := optimizer.init(shapes), state)
+        for x in jax.tree.leaves((state, of_shapes)):
             if x.shape == (32, 1):
                 assert tuple(x.sharding.spec) == (spec[0], None)
+            elif x.shape:
+                assert x.sharding.is_equivalent_to(on(mesh, *spec), 2)
         found = three_steps(step_of(optimizer), params, state, gradients)
     assert_same_bits(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, desired))
 

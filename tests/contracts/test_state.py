@@ -62,6 +62,18 @@ def test_eval_shape(row):
 
 
 @each_row
+def test_init_of_shapes(row):
+    """No parameter needs to be in memory for a state to be."""
+    params = params_of(row.param_dtype)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    optimizer = row.make()
+    state = optimizer.init(shapes)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    chex.assert_trees_all_equal(state, optimizer.init(params))
+    chex.assert_trees_all_equal_dtypes(state, optimizer.init(params))
+
+
+@each_row
 @pytest.mark.parametrize("shape", [(2**31,), (3, 2**32), (2**16, 2**16)])
 def test_leaves_of_more_than_2_to_the_31_elements(row, shape, standard_promotion):
     """Everything traces: sizes are no int32."""
@@ -82,6 +94,17 @@ def test_leaves_of_more_than_2_to_the_31_elements(row, shape, standard_promotion
     new_params, statistics, *_ = jax.eval_shape(everything, params, params)
     assert new_params["w"].shape == shape
     assert all(x.shape == () for x in statistics.values())
+
+
+@pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
+def test_init_of_shapes_under_master_weights(remainder):
+    params = params_of("bfloat16") | {"wide": jnp.ones((64, 64))}
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    inner = adam_jax.adam(0.1, mu_dtype="int8", nu_dtype="int8")
+    optimizer = adam_jax.average_params(adam_jax.master_weights(inner, remainder))
+    state = optimizer.init(shapes)
+    chex.assert_trees_all_equal(state, optimizer.init(params))
+    chex.assert_trees_all_equal_dtypes(state, optimizer.init(params))
 
 
 @pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
