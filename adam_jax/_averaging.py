@@ -97,7 +97,12 @@ def average_params(
         return updates, AverageParamsState(
             count=count,
             weight=_next_weight(state.weight, count, b),
-            average=jax.tree.map(lambda a, p: _average_leaf(a, p, b), state.average, new_params),
+            average=jax.tree.map(
+                lambda a, p: a if a is None else _average_leaf(a, p, b),
+                state.average,
+                new_params,
+                is_leaf=is_none,
+            ),
             inner_state=inner_state,
         )
 
@@ -108,7 +113,8 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
     """The averaged parameters theta_avg / (1 - decay^t), in the dtypes of `params`.
 
     Args:
-        params: the current parameters; returned as they are before the first step.
+        params: the current parameters; returned as they are before the first step, and always
+            where the state has no average of them, because they are masked or no arrays.
         state: an optimizer state with one `average_params` state in it, at any depth.
 
     Returns:
@@ -118,9 +124,12 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
         ValueError: when there is no such state, or more than one.
     """
     found = only_state(AverageParamsState, "average_params", state)
-    return jax.tree.map(
-        lambda p, average: _read_leaf(p, average, found.weight), params, found.average
-    )
+
+    def read(param: Any, average: Any) -> Any:
+        has_none = not jax.tree.leaves(average)  # None or `optax.MaskedNode`
+        return param if has_none else _read_leaf(param, average, found.weight)
+
+    return jax.tree.map(read, params, found.average)
 
 
 @jax.jit
