@@ -4,7 +4,8 @@ Only concrete numbers are checked. Inside `optax.inject_hyperparams`, `jit` or `
 hyperparameters are tracers, and a traced value has no range to compare with.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -37,10 +38,14 @@ def check_not_negative(name: str, value: Scalar) -> None:
         raise ValueError(f"{name} must be non-negative and finite in float32, got {value}.")
 
 
-def check_rate(name: str, rate: Any) -> None:
-    """Raises unless every leaf is a schedule, a number, or an array or tracer of one."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(rate, is_leaf=is_function):
-        if not is_function(leaf):
+def check_rate(name: str, rate: Any, types: Collection[type[Any]] = ()) -> None:
+    """Raises unless every leaf is a schedule, a number, or an array or tracer of one.
+
+    `types` are those of the parameters' containers, where parameters are known.
+    """
+    is_schedule = functools.partial(is_function, types)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rate, is_leaf=is_schedule):
+        if not is_schedule(leaf):
             path = name + jax.tree_util.keystr(path)
             _check_number(path, leaf, "a number or a schedule")
             _check_shape(path, leaf)

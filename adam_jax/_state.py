@@ -15,6 +15,18 @@ T = TypeVar("T")
 WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
 
 
+def node_types(tree: Any) -> set[type[Any]]:
+    """Returns the types of the containers in a tree."""
+    types: set[type[Any]] = set()
+    nodes = [jax.tree.structure(tree)]
+    while nodes:
+        node = nodes.pop()
+        if not jax.tree_util.treedef_is_leaf(node):
+            types.add(node.node_data()[0])
+            nodes += node.children()
+    return types
+
+
 def states_of(kind: type[T] | tuple[type[T], ...], state: Any) -> list[T]:
     """Returns all states of a kind in an optimizer's state, at any depth."""
     is_kind = lambda x: isinstance(x, kind)  # noqa: E731

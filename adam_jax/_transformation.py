@@ -8,7 +8,7 @@ rate in it, so that an update is rounded once, to the gradient's dtype, at its v
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -31,7 +31,7 @@ from adam_jax._checks import (
 )
 from adam_jax._codec import Codec, Stored, codec_of
 from adam_jax._rounding import draws
-from adam_jax._state import leaves_of, per_leaf, with_leaves
+from adam_jax._state import leaves_of, node_types, per_leaf, with_leaves
 from adam_jax._step import Algorithm, check_shard_map, leaf_step, scalars_of
 from adam_jax._storage import initial, storage_formats
 from adam_jax._types import Mask, Rate, StorageFormats, is_function, is_none
@@ -92,21 +92,23 @@ def descend(
     if weight_decay is not None:
         check_rate("weight_decay", weight_decay)
 
-    def counts() -> tuple[Any, ...]:
+    def counts(types: Collection[type[Any]]) -> tuple[Any, ...]:
         """Returns the states beside that of the moments. They hold the counts of schedules."""
         states = []
         if weight_decay is not None:
-            rate = cast(Any, optax.constant_schedule(0) if _has_schedule(weight_decay) else 0.0)
+            rate = cast(
+                Any, optax.constant_schedule(0) if _has_schedule(weight_decay, types) else 0.0
+            )
             state = optax.add_decayed_weights(rate).init({})
             states.append(state if mask is None else optax.MaskedState(state))
-        if _has_schedule(learning_rate):
+        if _has_schedule(learning_rate, types):
             states.append(optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)))
         else:
             states.append(optax.EmptyState())
         return tuple(states)
 
     def init(params: optax.Params) -> tuple[Any, ...]:
-        return _init(variant, params), *counts()
+        return _init(variant, params), *counts(node_types(params))
 
     def update(
         updates: optax.Updates,
@@ -115,19 +117,22 @@ def descend(
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[Any, ...]]:
         del extra_args
-        check_states((variant.state, *counts()), state)
+        types = node_types(updates)
+        check_states((variant.state, *counts(types)), state)
         direction_state, *decay_states, rate_state = state
-        rates = per_leaf("learning_rate", _at("learning_rate", learning_rate, rate_state), updates)
+        rate = _at("learning_rate", learning_rate, rate_state, types)
+        rates = per_leaf("learning_rate", rate, updates)
         decays: list[Any] | None = None
         if weight_decay is not None:
             if params is None:
                 raise ValueError(
                     "weight decay needs the parameters: call update(gradients, state, params)."
                 )
-            decay = _at("weight_decay", weight_decay, decay_states)
+            decay = _at("weight_decay", weight_decay, decay_states, types)
             decays = per_leaf("weight_decay", decay, updates)
             if mask is not None:
-                masked = per_leaf("mask", mask(params) if is_function(mask) else mask, updates)
+                tree = mask(params) if is_function(types, mask) else mask
+                masked = per_leaf("mask", tree, updates)
                 check_mask(functools.partial(leaf_path, updates), masked)
                 decays = [x if yes else None for x, yes in zip(decays, masked, strict=True)]
         updates, direction_state = _update(variant, updates, direction_state, params, rates, decays)
@@ -220,17 +225,20 @@ def _has_int8(formats: StorageFormats) -> bool:
     return "int8" in jax.tree.leaves(formats)
 
 
-def _has_schedule(rate: Rate) -> bool:
-    return any(map(is_function, jax.tree.leaves(rate, is_leaf=is_function)))
+def _has_schedule(rate: Rate, types: Collection[type[Any]]) -> bool:
+    is_schedule = functools.partial(is_function, types)
+    return any(map(is_schedule, jax.tree.leaves(rate, is_leaf=is_schedule)))
 
 
-def _at(name: str, rate: Rate, state: Any) -> Any:
+def _at(name: str, rate: Rate, state: Any, types: Collection[type[Any]]) -> Any:
     """A rate, or tree of rates, with schedules evaluated at the count that the state holds."""
+    check_rate(name, rate, types)
+    is_schedule = functools.partial(is_function, types)
 
     def evaluated(rate: Any) -> Any:
-        return rate(jax.tree.leaves(state)[0]) if is_function(rate) else rate
+        return rate(jax.tree.leaves(state)[0]) if is_schedule(rate) else rate
 
-    rates = jax.tree.map(evaluated, rate, is_leaf=is_function)
+    rates = jax.tree.map(evaluated, rate, is_leaf=is_schedule)
     check_scheduled(name, rates)
     return _as_arrays(rates)
 

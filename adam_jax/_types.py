@@ -1,10 +1,8 @@
 """What signatures share: names for types, and what counts as a leaf."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jax.typing import DTypeLike
@@ -25,12 +23,13 @@ StorageFormat = str | DTypeLike | None
 StorageFormats = StorageFormat | PyTree[StorageFormat]
 
 
-def is_function(x: Any) -> bool:
-    """Whether x is a function, and no tree that can be called, such as a module of Equinox."""
-    children = jax.tree.leaves(x, is_leaf=lambda node: node is not x)
-    is_leaf = not children or children[0] is x
-    # `jax.tree_util.Partial`, too, which is a tree.
-    return callable(x) and (isinstance(x, functools.partial) or is_leaf)
+def is_function(types: Collection[type[Any]], x: Any) -> bool:
+    """Whether x is a function, given the types of the containers that parameters are in.
+
+    Some containers can be called, such as the modules of Equinox: rates or a mask in one of these
+    are a tree. Other frameworks make functions into containers.
+    """
+    return callable(x) and type(x) not in types
 
 
 def is_none(x: Any) -> bool:

@@ -102,6 +102,29 @@ def test_a_tree_that_can_be_called_is_a_tree(module):
         np.testing.assert_allclose(update(optimizer, frozen, params)[0].w, -0.1, rtol=1e-6)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Closure:
+    """A function as Optimistix makes it: what it has enclosed are leaves."""
+
+    function: Any
+    contents: Any
+
+    def __call__(self, argument):
+        return self.function(argument, *self.contents)
+
+
+def test_a_container_that_is_a_function():
+    params = {"a": jnp.ones(3)}
+    half = Closure(lambda count, rate: rate / 2, (0.2,))
+    for optimizer in (adam_jax.adam(half), adam_jax.adam({"a": half})):
+        np.testing.assert_allclose(update(optimizer, params, params)[0]["a"], -0.1, rtol=1e-6)
+    mask = Closure(lambda params, decays: decays, (True,))
+    optimizer = adam_jax.adamw(1.0, weight_decay=half, mask=mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    np.testing.assert_allclose(update(optimizer, zeros, params)[0]["a"], -0.1, rtol=1e-6)
+
+
 def test_a_tree_of_weight_decays():
     """With schedules in it, under a mask, and a prefix of the parameters."""
     decay = {"dense": {"kernel": optax.linear_schedule(0.1, 0.2, 1), "bias": 0.2}, "head": 0.4}
