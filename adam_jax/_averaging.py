@@ -12,7 +12,8 @@ import optax
 from adam_jax._checks import check_decay, check_leaves, check_state
 from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
-from adam_jax._state import only_state
+from adam_jax._sharding import placed, resharded
+from adam_jax._state import leaves_beside, only_state, unaliased
 from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
 
@@ -124,12 +125,15 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
         ValueError: when there is no such state, or more than one.
     """
     found = only_state(AverageParamsState, "average_params", state)
+    [weight] = jax.tree.leaves(found.weight)  # which Flax may have put into a box
 
     def read(param: Any, average: Any) -> Any:
         has_none = not jax.tree.leaves(average)  # None or `optax.MaskedNode`
-        return param if has_none else _read_leaf(param, average, found.weight)
+        return param if has_none else placed(_read_leaf(param, average, weight), param)
 
-    return jax.tree.map(read, params, found.average)
+    leaves, tree = jax.tree.flatten(params)
+    averages = leaves_beside(params, found.average, "state.average")
+    return unaliased(tree.unflatten(map(read, leaves, averages)), params)
 
 
 @jax.jit
@@ -151,7 +155,7 @@ def _average_leaf(average: Leaf, param: Leaf, decay: Decay) -> Leaf:
     dtype = jnp.finfo(average.dtype).dtype
     blend = Blend.of(jax.tree.map(lambda x: jnp.asarray(x, dtype), decay))
     # The average is of parameters as they are stored.
-    param = nearest(param.astype(average.dtype), param.dtype)
+    param = nearest(resharded(param, average).astype(average.dtype), param.dtype)
     with jax.numpy_dtype_promotion("standard"):  # complex leaves meet real scalars
         return decayed(average, param.astype(average.dtype), blend)
 
@@ -162,4 +166,4 @@ def _read_leaf(param: Leaf, average: Leaf, weight: RealLeaf) -> Leaf:
     started = weight > 0
     with jax.numpy_dtype_promotion("standard"):
         corrected = average / jnp.where(started, weight, 1)
-    return jnp.where(started, corrected.astype(param.dtype), param)
+    return jnp.where(started, resharded(corrected.astype(param.dtype), param), param)

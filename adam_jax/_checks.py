@@ -189,22 +189,25 @@ def _another_format(name: str, dtype: Any, requested: str | None, path: str) -> 
     return ValueError(
         f"state.{name}{path} is stored in {found}, but this optimizer stores it in {requested}. "
         f"Make the optimizer with {argument}={found!r}, or convert the state with "
-        "adam_jax.convert_state."
+        "adam_jax.convert_state, which takes a tree of formats if groups of parameters have "
+        "different ones."
     )
 
 
-def check_param(path: Callable[[], KeyPath], gradient: Any, param: Any) -> None:
-    """Checks that a gradient leaf and a parameter belong to each other."""
-    _check_inexact("gradient", path, gradient)
-    if np.shape(gradient) != np.shape(param):
+def check_param(
+    path: Callable[[], KeyPath], leaf: Any, param: Any, *, what: str = "gradient"
+) -> None:
+    """Checks that a gradient leaf, or what it is, and a parameter belong to each other."""
+    _check_inexact(what, path, leaf)
+    if np.shape(leaf) != np.shape(param):
         raise ValueError(
-            f"gradient {keystr(path())} has shape {np.shape(gradient)}, but the parameter there "
-            f"has shape {np.shape(param)}. A gradient has its parameter's shape."
+            f"{what} {keystr(path())} has shape {np.shape(leaf)}, but the parameter there "
+            f"has shape {np.shape(param)}. A {what} has its parameter's shape."
         )
-    if jnp.iscomplexobj(gradient) != jnp.iscomplexobj(param):
+    if jnp.iscomplexobj(leaf) != jnp.iscomplexobj(param):
         raise TypeError(
-            f"gradient {keystr(path())} has dtype {_dtype(gradient)}, but the parameter there has "
-            f"dtype {_dtype(param)}. A gradient is complex where its parameter is, and only there."
+            f"{what} {keystr(path())} has dtype {_dtype(leaf)}, but the parameter there has "
+            f"dtype {_dtype(param)}. A {what} is complex where its parameter is, and only there."
         )
 
 
@@ -282,18 +285,20 @@ def check_real(path: Callable[[], KeyPath], param: Any, format: str | None) -> N
         )
 
 
-def flatten_up_to(treedef: Any, gradients: Any, tree: Any, name: str) -> list[Any]:
-    """The subtree of `tree` at every leaf of the gradients, or a ValueError with the path."""
+def flatten_up_to(
+    treedef: Any, like: Any, tree: Any, name: str, *, of: str = "gradients"
+) -> list[Any]:
+    """The subtree of `tree` at every leaf of a tree like it, or a ValueError with the path."""
     try:
         return treedef.flatten_up_to(tree)
     except ValueError as error:
-        ours, theirs = _paths(gradients), _paths(tree)
+        ours, theirs = _paths(like), _paths(tree)
         differences = [f"{path} is missing in {name}" for path in ours if path not in theirs]
         differences += [f"{path} is only in {name}" for path in theirs if path not in ours]
         detail = differences[0] if differences else str(error)
         raise ValueError(
-            f"the gradients and {name} have different tree structures: {detail}. Pass gradients "
-            "with the structure of the parameters that init was called with."
+            f"the {of} and {name} have different tree structures: {detail}. Pass {of} with the "
+            "structure of the parameters that init was called with."
         ) from error
 
 

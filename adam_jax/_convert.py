@@ -14,7 +14,7 @@ from adam_jax._master_weights import (
     MasterWeightsState,
     load_master_params,
     master_params,
-    no_remainders,
+    remainders_of_group,
 )
 from adam_jax._moments import Decay, real_dtype, sqrt
 from adam_jax._rounding import Draw, draws
@@ -25,6 +25,7 @@ from adam_jax._state import (
     only_state,
     per_leaf,
     states_with_moments,
+    unaliased,
     with_leaves,
 )
 from adam_jax._storage import MAXIMUM, initial, storage_formats
@@ -39,13 +40,14 @@ def convert_state(
     What it returns is what an optimizer made with these `mu_dtype` and `nu_dtype` goes on from;
     states of `optax.adam`, with whatever `mu_dtype`, are accepted too. They are rounded as a step
     rounds them, in bfloat16 and int8 at random. In int8 a row's scale starts as its largest nu.
-    Leaves that are in their formats already stay as they are.
+    Leaves that are in their formats already stay as they are. A tree of formats converts each group
+    of `optax.multi_transform` to its own.
 
     Args:
         state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
             `scale_by_adamax` in it, at any depth; the rest is returned as it is.
-        mu_dtype: as in `adam`.
-        nu_dtype: as in `adam`; for AMSGrad that of v_max too.
+        mu_dtype: as in `adam`: one format, or a tree prefix of the parameters.
+        nu_dtype: likewise; for AMSGrad that of v_max too.
 
     Returns:
         A state of the same types. Arrays of moments keep their shapes and have the dtypes of the
@@ -64,7 +66,8 @@ def convert_state(
         dtype('int8')
     """
     states_with_moments(state)  # there must be one
-    return map_states(lambda x: _converted(x, mu_dtype, nu_dtype), WITH_MOMENTS, state)
+    converted = map_states(lambda x: _converted(x, mu_dtype, nu_dtype), WITH_MOMENTS, state)
+    return unaliased(converted, state)
 
 
 def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple[optax.Params, Any]:
@@ -94,7 +97,7 @@ def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple
         dtype('int16')
     """
     old = only_state(MasterWeightsState, "master_weights", state)
-    new = old._replace(remainder=no_remainders(params, remainder))
+    new = old._replace(remainder=remainders_of_group(params, old, remainder))
     state_without = map_states(lambda _: new, MasterWeightsState, state)
     return load_master_params(master_params(params, state), params, state_without)
 
@@ -113,7 +116,8 @@ def _converted(state: Any, mu_dtype: StorageFormats, nu_dtype: StorageFormats) -
         none_is_a_value=True,
     )
     stored = leaves_of(state, state.mu)
-    count = jnp.asarray(state.count)
+    [count] = jax.tree.leaves(state.count)  # which Flax may have put into a box
+    count = jnp.asarray(count)
     leaves = []
     for i, (leaf, draw) in enumerate(zip(stored, draws(len(stored), count), strict=True)):
         if leaf.mu is not None:

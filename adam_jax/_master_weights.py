@@ -24,7 +24,16 @@ from adam_jax._checks import (
 )
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import Draw, draws, join, split
-from adam_jax._state import map_states, only_state, unboxed
+from adam_jax._sharding import placed, resharded
+from adam_jax._state import (
+    WITH_MOMENTS,
+    leaves_beside,
+    map_states,
+    only_state,
+    states_of,
+    unaliased,
+    unboxed,
+)
 from adam_jax._types import Leaf, RealLeaf, Words, is_none
 
 _NOTHING = "none"
@@ -189,19 +198,25 @@ def master_params(params: optax.Params, state: Any) -> optax.Params:
     """The float32 weights that `master_weights` trains, of which `params` are the upper bits.
 
     Args:
-        params: the current parameters; leaves that are neither bfloat16 nor float16 are returned
-            as they are.
+        params: the current parameters; leaves that are neither bfloat16 nor float16, or that
+            `optax.masked` or `optax.multi_transform` keeps from `master_weights`, are returned as
+            they are.
         state: an optimizer state with one `master_weights` state in it, at any depth.
 
     Returns:
-        A tree shaped like `params`, float32 where these are bfloat16 or float16.
+        A tree shaped like `params`, float32 where these are bfloat16 or float16. It shares no
+        array with `params`, and donating it deletes none.
 
     Raises:
         ValueError: when there is no such state, or more than one.
     """
-    remainder = only_state(MasterWeightsState, "master_weights", state).remainder
+    found = only_state(MasterWeightsState, "master_weights", state)
     leaves, tree = jax.tree.flatten(params)
-    return tree.unflatten(map(master_leaf, leaves, _remainder_leaves(remainder, params)))
+    masters = [
+        p if _is_masked(r) else placed(master_leaf(p, r), p)
+        for p, r in zip(leaves, _remainder_leaves(found, params), strict=True)
+    ]
+    return unaliased(tree.unflatten(masters), params)
 
 
 def load_master_params(
@@ -224,7 +239,9 @@ def load_master_params(
         The parameters, in the dtypes of `params`, and the state.
 
     Raises:
-        ValueError: when there is no such state, or more than one.
+        ValueError: when there is no such state, or more than one, and for a weight of another
+            shape than its parameter.
+        TypeError: for weights of integer dtype, and complex ones of real parameters.
 
     Examples:
         >>> import adam_jax, jax, jax.numpy as jnp
@@ -236,20 +253,44 @@ def load_master_params(
         Array([ 0.1, -0.7], dtype=float32)
     """
     old = only_state(MasterWeightsState, "master_weights", state)
-    masters, tree = jax.tree.flatten(master)
-    dtypes = [p.dtype for p in flatten_up_to(tree, master, params, "params")]
-    remainders = _remainder_leaves(old.remainder, params)
-    pairs = [
-        _split_leaf(_quiet(jnp.asarray(w, jnp.float32)), dtype, None if r is None else r.dtype)
-        if dtype in _LOW
-        else (jnp.asarray(w, dtype), r)
-        for w, dtype, r in zip(masters, dtypes, remainders, strict=True)
-    ]
+    weights = leaves_beside(params, master, "master")
+    likes, tree = jax.tree.flatten(params)
+    loaded, remainders = [], []
+    for i, (w, p, r) in enumerate(zip(weights, likes, _remainder_leaves(old, params), strict=True)):
+        check_param(functools.partial(leaf_path, params, i), w, p, what="weight")
+        if is_low(p) and not _is_masked(r):
+            w = _quiet(jnp.asarray(placed(w, p), jnp.float32))
+            p, new = _split_leaf(placed(w, p), p.dtype, None if r is None else r.dtype)
+            r = placed(new, r)
+        else:
+            p = placed(jnp.asarray(w, p.dtype), p)
+        loaded.append(p)
+        remainders.append(r)
     if jax.tree.leaves(old.remainder):
-        remainder_tree = jax.tree.structure(unboxed(params, keep=is_low))
-        old = old._replace(remainder=remainder_tree.unflatten([r for _, r in pairs]))
-    params = tree.unflatten([p for p, _ in pairs])
-    return params, map_states(lambda _: old, MasterWeightsState, state)
+        remainder_tree = jax.tree.structure(old.remainder)
+        old = old._replace(remainder=remainder_tree.unflatten(jax.tree.leaves(remainders)))
+    loaded_state = map_states(lambda _: old, MasterWeightsState, state)
+    return unaliased((tree.unflatten(loaded), loaded_state), master, params, state)
+
+
+def remainders_of_group(params: optax.Params, state: MasterWeightsState, remainder: str) -> Any:
+    """Returns remainders of zeros where a state has any, in a group of parameters or in all.
+
+    They lie where the old ones do, or else the moments, and in boxes like theirs.
+    """
+    check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
+    if remainder == _NOTHING:
+        return ()
+    dtype = _FORMATS[remainder]
+    box = jax.tree.structure(state.count)
+
+    def zeros(param: Any, like: Any) -> Any:
+        if is_low(param) or _is_masked(like):
+            return jax.tree.map(lambda x: placed(jnp.zeros_like(param, dtype), x), like)
+        return box.unflatten([jnp.zeros((), dtype)])
+
+    leaves, tree = jax.tree.flatten(unboxed(params))
+    return tree.unflatten(map(zeros, leaves, _likes(state, params)))
 
 
 def no_remainders(params: optax.Params, remainder: str) -> Any:
@@ -265,12 +306,35 @@ def no_remainders(params: optax.Params, remainder: str) -> Any:
     return jax.tree.structure(unboxed(params, keep=is_low)).unflatten(zeros)
 
 
-def _remainder_leaves(remainder: Any, params: optax.Params) -> list[Any]:
-    """Returns the remainder of each parameter, None where none is stored."""
-    if not jax.tree.leaves(remainder):
-        return [None] * len(jax.tree.leaves(params))
-    like = unboxed(params, keep=is_low)
-    return flatten_up_to(jax.tree.structure(like), like, remainder, "state.remainder")
+def _remainder_leaves(state: MasterWeightsState, params: optax.Params) -> list[Any]:
+    """Returns the remainder of each parameter, or None where none is stored.
+
+    Of a parameter in a group that has no `master_weights` it is an `optax.MaskedNode`.
+    """
+    stored = bool(jax.tree.leaves(state.remainder))
+    return [unboxed(x) if stored or _is_masked(x) else None for x in _likes(state, params)]
+
+
+def _likes(state: MasterWeightsState, params: optax.Params) -> list[Any]:
+    """Returns what the state has of each parameter, in its box: a remainder, or else a moment.
+
+    An `optax.MaskedNode` where it has neither, and parameters where it has none of either.
+    """
+    plain = unboxed(params)
+    tree = jax.tree.structure(plain)
+    named = [("state.remainder", state.remainder)]
+    if not jax.tree.leaves(state.remainder):
+        found = states_of(WITH_MOMENTS, state.inner_state)
+        named = [("state.mu", x.mu) for x in found] or [("params", params)]
+    columns = [flatten_up_to(tree, plain, x, name, of="parameters") for name, x in named]
+    return [
+        next((x for x in column if not _is_masked(x)), optax.MaskedNode())
+        for column in zip(*columns, strict=True)
+    ]
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def is_low(leaf: Any) -> bool:
@@ -301,15 +365,26 @@ def _quiet(x: RealLeaf) -> RealLeaf:
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
+# Bits have no derivatives. Parameters have those of the float32 weights (straight-through), and
+# remainders are constants.
+@jax.custom_jvp
 @jax.jit
 def _joined(param: RealLeaf, remainder: Leaf | None) -> RealLeaf:
     if remainder is None:
         return join(param)
+    param = resharded(param, remainder)
     if remainder.dtype == np.float32:
         return join(param) + remainder
     return join(param, remainder, _width(remainder.dtype))
 
 
+@_joined.defjvp
+def _(primals: Any, tangents: Any) -> tuple[RealLeaf, RealLeaf]:
+    master = _joined(*primals)
+    return master, resharded(tangents[0].astype(np.float32), master)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _split_leaf(
     master: RealLeaf,
@@ -326,10 +401,17 @@ def _split_leaf(
     return param, remainder
 
 
+@_split_leaf.defjvp
+def _(param_dtype: Any, remainder_dtype: Any, primals: Any, tangents: Any) -> Any:
+    param, remainder = _split_leaf(primals[0], param_dtype, remainder_dtype, *primals[1:])
+    return (param, remainder), (tangents[0].astype(param_dtype), _constant(remainder))
+
+
 def _width(remainder_dtype: DTypeLike) -> int:
     return 8 if remainder_dtype == np.int8 else 16
 
 
+@jax.custom_jvp
 @jax.jit
 def _step_leaf(
     update: RealLeaf,
@@ -351,16 +433,34 @@ def _step_leaf(
     # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight, the difference
     # may be rounded, and the parameter land 2^(e-24) away. The remainder is not to it, but to new,
     # and as a part of an ulp so little that the weight is right within 2^(e-23) all the same.
-    old, new = join(param), join(new_param)
-    if param.dtype == jnp.bfloat16 and remainder is not None and remainder.dtype == np.float32:
+    gathered = resharded(new_param, param)  # 16 bits, and not the 32 of their difference
+    old, new = join(param), join(gathered)
+    in_float32 = None
+    if remainder is not None and remainder.dtype == np.float32 and gathered is new_param:
+        in_float32 = remainder
+    if in_float32 is not None and param.dtype == jnp.bfloat16:
         # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
-        new = master - remainder
+        new = master - in_float32
     difference = -(old - new)  # new - old, but -0 where they are equal, which keeps a -0
     # The difference is not finite where new is not, and where two finite numbers are further apart
     # than the largest one: no update leads from one to the other then.
     finite = jnp.isfinite(difference)
-    if remainder is not None and remainder.dtype == np.float32:
+    if in_float32 is not None:
         # XLA for TPU takes this as a reason to compute the step again for parameter and remainder,
         # which it then joins, rather than to store it for both.
         finite &= jnp.isfinite(update)
     return jnp.where(finite, difference, new), remainder
+
+
+@_step_leaf.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    difference, remainder = _step_leaf(*primals)
+    update, param, master = (resharded(x.astype(np.float32), difference) for x in tangents[:3])
+    return (difference, remainder), (master + update - param, _constant(remainder))
+
+
+def _constant(remainder: Leaf | None) -> Any:
+    """Returns the tangent of what is a constant."""
+    if remainder is None or remainder.dtype == np.float32:
+        return jax.tree.map(jnp.zeros_like, remainder)
+    return np.zeros(remainder.shape, jax.dtypes.float0)

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from adam_jax._checks import keystr
 
@@ -82,6 +83,36 @@ def state_shardings(
         params,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+
+def is_explicit(x: Any) -> bool:
+    """Whether an array is on a mesh with explicit axes."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def resharded(x: Any, like: Any) -> Any:
+    """Returns an array sharded as another of its shape, over the explicit axes of their mesh.
+
+    Along these JAX wants to be told where operands meet that lie in different places. Along others
+    its compiler decides.
+    """
+    sharding = jax.typeof(like).sharding
+    if not is_explicit(like) or jax.typeof(x).sharding.spec == sharding.spec:
+        return x
+    return reshard(x, sharding)
+
+
+def placed(x: Any, like: Any) -> Any:
+    """Returns an array on the devices where another one of its shape was put."""
+    if isinstance(like, Tracer):
+        return resharded(x, like)
+    sharding = getattr(like, "sharding", None)
+    # What nobody has put anywhere is free to be used beside arrays on any device.
+    return (
+        x
+        if sharding is None or not getattr(like, "committed", True)
+        else jax.device_put(x, sharding)
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import flatten_up_to, keystr, leaf_path
@@ -64,6 +65,16 @@ def map_states(
     return jax.tree.map(lambda x: function(x) if is_kind(x) else x, state, is_leaf=is_kind)
 
 
+def unaliased(result: T, *given: Any) -> T:
+    """Returns a result with copies of the arrays in it that were given.
+
+    Whoever donates the one to a jitted step would delete the other.
+    """
+    theirs = {id(x) for x in jax.tree.leaves(given)}
+    copied = lambda x: jnp.copy(x) if isinstance(x, jax.Array) and id(x) in theirs else x  # noqa: E731
+    return jax.tree.map(copied, result)
+
+
 def leaves_of(
     state: Any, like: Any, is_leaf: Callable[[Any], bool] | None = is_none
 ) -> list[Stored]:
@@ -84,8 +95,8 @@ def leaves_of(
         nu = flatten("nu.codes", state.nu.codes)
         plain = unboxed(like)
         tree = plain, jax.tree.structure(plain, is_leaf=is_leaf)
-        scales = flatten("nu.scales", state.nu.scales, tree)
-        units = flatten("nu.units", state.nu.units, tree)
+        scales = flatten("nu.scales", unboxed(state.nu.scales), tree)
+        units = flatten("nu.units", unboxed(state.nu.units), tree)
         rows = [Rows(*row) for row in zip(scales, units, strict=True)]
     else:
         nu, rows = flatten("nu", state.nu), [Rows()] * len(mu)
@@ -104,10 +115,19 @@ def with_leaves(
     unflatten = jax.tree.structure(like, is_leaf=is_leaf).unflatten
     nu = unflatten([leaf.nu for leaf in leaves])
     if int8:
-        # The rows of a leaf have no box: it would shard them as the parameter.
+        # The rows of a leaf have no box of its own: it would shard them as the parameter. Flax NNX
+        # puts them into boxes like that of the count.
         plain = jax.tree.structure(unboxed(like), is_leaf=is_leaf).unflatten
-        scales = plain([leaf.rows.scale for leaf in leaves])
-        nu = Int8Moment(nu, scales, plain([leaf.rows.unit for leaf in leaves]))
+        box = jax.tree.structure(state.count)
+
+        def rows_of(column: list[Any]) -> Any:
+            return plain([None if x is None else box.unflatten([x]) for x in column])
+
+        nu = Int8Moment(
+            nu,
+            rows_of([leaf.rows.scale for leaf in leaves]),
+            rows_of([leaf.rows.unit for leaf in leaves]),
+        )
     others = {
         name: unflatten([leaf.others[i] for leaf in leaves])
         for i, name in enumerate(state._fields[3:])
@@ -135,6 +155,15 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
                 f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient."
             )
     return values
+
+
+def leaves_beside(params: Any, tree: Any, name: str) -> list[Any]:
+    """Returns what a tree has for each parameter, both without boxes.
+
+    Raises ValueError, naming the path, where the trees have different structures.
+    """
+    plain = unboxed(params)
+    return flatten_up_to(jax.tree.structure(plain), plain, unboxed(tree), name, of="parameters")
 
 
 def unboxed(tree: Any, keep: Callable[[Any], bool] = lambda leaf: False) -> Any:

@@ -19,7 +19,7 @@ from adam_jax._moments import (
     sqrt,
 )
 from adam_jax._rounding import split
-from adam_jax._state import leaves_of, states_of, states_with_moments
+from adam_jax._state import leaves_of, states_of, states_with_moments, unboxed
 from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar, is_none
 
 _ROOTS = ("update_rms", "param_rms", "signal_to_noise", "remainder_use")  # of means of squares
@@ -98,9 +98,12 @@ def step_statistics(
     """
     check_decay("b1", b1)
     check_decay("b2", b2)
+    boxed_paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, is_none)]
+    updates, state, params, old_state = map(unboxed, (updates, state, params, old_state))
     update_leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
     param_leaves = flatten_up_to(treedef, updates, params, "params")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, is_none)]
+    names = map(_name, paths, boxed_paths)
     stored: dict[KeyPath, tuple[Stored, _Ratio]] = {}
     for found in states_with_moments(state):
         ratio = _ratio(jnp.asarray(found.count), Decay.of(b1), Decay.of(b2), infinity_norm)
@@ -110,9 +113,8 @@ def step_statistics(
 
     sizes: dict[str, int] = {}
     means: dict[str, dict[str, jax.Array]] = {}  # of each leaf
-    for path, update, param in zip(paths, update_leaves, param_leaves, strict=True):
+    for leaf, path, update, param in zip(names, paths, update_leaves, param_leaves, strict=True):
         if update is not None:
-            leaf = jax.tree_util.keystr(path, simple=True, separator="/")
             moments, ratio = stored.get(path, (None, None))
             kept = _Kept(moments, ratio, remainders.get(path), old_remainders.get(path))
             sizes[leaf] = param.size
@@ -164,6 +166,12 @@ def _geometric_sum(r: RealLeaf, t: RealLeaf) -> RealLeaf:
     """1 + r + ... + r^(t-1)."""
     log_r = jnp.log(jnp.minimum(r, 1e30))  # from t = 2 on it makes no difference: infinity
     return jnp.where(r == 1, t, jnp.expm1(t * log_r) / jnp.where(r == 1, 1, jnp.expm1(log_r)))
+
+
+def _name(path: KeyPath, boxed_path: KeyPath) -> str:
+    """Returns a leaf's path as text, without what leads into a box of Flax's."""
+    in_box = boxed_path[-1:] == (jax.tree_util.GetAttrKey("value"),)
+    return jax.tree_util.keystr(path if in_box else boxed_path, simple=True, separator="/")
 
 
 def _leaves(tree: Any) -> dict[KeyPath, Any]:

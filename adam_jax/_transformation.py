@@ -31,6 +31,7 @@ from adam_jax._checks import (
 )
 from adam_jax._codec import Codec, Stored, codec_of
 from adam_jax._rounding import draws
+from adam_jax._sharding import is_explicit, resharded
 from adam_jax._state import leaves_of, node_types, per_leaf, with_leaves
 from adam_jax._step import Algorithm, check_shard_map, leaf_step, scalars_of
 from adam_jax._storage import initial, storage_formats
@@ -177,9 +178,6 @@ def _update(
     gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=is_none)
     stored_leaves = leaves_of(state, gradients)
     mu_formats, nu_formats = _formats(variant, gradients)
-    param_leaves = [None] * len(gradient_leaves)
-    if decays is not None:
-        param_leaves = flatten_up_to(treedef, gradients, params, "params")
     count = jnp.asarray(optax.safe_increment(state.count))
     paths = [functools.partial(leaf_path, gradients, i) for i in range(len(gradient_leaves))]
     names = variant.state._fields[1:]
@@ -187,31 +185,37 @@ def _update(
     for i, (g, stored) in enumerate(zip(gradient_leaves, stored_leaves, strict=True)):
         if g is not None:
             check_leaf(paths[i], g, stored, names, mu_formats[i], nu_formats[i])
-            if decays is not None:
-                check_param(paths[i], g, param_leaves[i])
         codecs.append(None if g is None else codec_of(stored))
+    param_leaves = gradient_leaves
+    explicit = any(is_explicit(x.mu) for x in stored_leaves if x.mu is not None)
+    if decays is not None or (explicit and params is not None):
+        param_leaves = flatten_up_to(treedef, gradients, params, "params")
+        for path, g, param in zip(paths, gradient_leaves, param_leaves, strict=True):
+            if g is not None:
+                check_param(path, g, param)
     scalars = scalars_of(variant.algorithm.scalars, variant.hyperparameters, count, int8)
     rounded = any(codec is not None and codec.random for codec in codecs)
     drawn = draws(len(codecs), count) if rounded else []
-    outcome = [
-        (None, stored)
-        if codec is None
-        else leaf_step(
-            variant.algorithm,
-            codec,
-            gradient_leaves[i],
-            stored,
-            scalars,
-            drawn[i] if codec.random else None,
-            param_leaves[i],
-            rates and rates[i],
-            decays and decays[i],
-        )
-        for i, (codec, stored) in enumerate(zip(codecs, stored_leaves, strict=True))
-    ]
-    leaves = [stored for _, stored in outcome]
+    updates, leaves = [], []
+    for i, (codec, stored) in enumerate(zip(codecs, stored_leaves, strict=True)):
+        update = None
+        if codec is not None:
+            update, stored = leaf_step(
+                variant.algorithm,
+                codec,
+                resharded(gradient_leaves[i], stored.mu),
+                stored,
+                scalars,
+                drawn[i] if codec.random else None,
+                decays and resharded(param_leaves[i], stored.mu),
+                rates and rates[i],
+                decays and decays[i],
+            )
+            update = resharded(update, param_leaves[i])
+        updates.append(update)
+        leaves.append(stored)
     new_state = with_leaves(state._replace(count=count), leaves, gradients, int8=int8)
-    return treedef.unflatten([u for u, _ in outcome]), new_state
+    return treedef.unflatten(updates), new_state
 
 
 def _formats(variant: Variant, tree: Any) -> list[list[str | None]]:

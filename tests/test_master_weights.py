@@ -265,6 +265,19 @@ def test_loading_leaves_wide_and_missing_leaves_and_the_rest_of_the_state_alone(
     assert new_state.remainder["low"].dtype == jnp.int8
 
 
+def test_weights_that_do_not_fit_their_parameters():
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "wide": jnp.ones(3)}
+    state = master_weights(adam_jax.adam(0.1), "int8").init(params)
+    for name, wrong, error, message in [
+        ("w", jnp.ones((3, 2)), ValueError, r"weight \['w'\] has shape \(3, 2\), .* \(2, 3\)"),
+        ("w", jnp.ones((2, 3), complex), TypeError, r"weight \['w'\] has dtype complex"),
+        ("wide", jnp.ones(()), ValueError, r"weight \['wide'\] has shape \(\)"),
+        ("w", jnp.ones((2, 3), int), TypeError, r"weight \['w'\] has dtype int"),
+    ]:
+        with pytest.raises(error, match=message):
+            load_master_params(params | {name: wrong}, params, state)
+
+
 # Around and inside other transformations
 
 
@@ -379,7 +392,9 @@ def test_wide_leaves_go_through(remainder, x64):
             assert after.remainder[d].shape == ()
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     read = untyped(master_params(params, after))
-    assert all(read[d] is params[d] for d in dtypes)
+    for d in dtypes:
+        chex.assert_trees_all_equal(read[d], params[d])
+        assert read[d].dtype == d
 
 
 @each_remainder

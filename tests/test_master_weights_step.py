@@ -1,5 +1,7 @@
 """One step of `master_weights`: parameter and remainder land together where the weight is."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -227,3 +229,52 @@ def test_a_weight_next_to_zero_keeps_its_sign(dtype):
     updates, state = optimizer.update(step, state, params)
     params = (params.astype(jnp.float32) + updates).astype(params.dtype)
     np.testing.assert_array_equal(master_params(params, state), step)
+
+
+H = 2.0**-10  # of finite differences
+
+
+@pytest.mark.covering
+@each_dtype
+@each_remainder
+def test_derivatives_are_those_of_the_float32_weights(remainder, dtype, standard_promotion):
+    """By hyperparameters, gradients and parameters, over several steps, and after loading."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(1 + rng.random(64), dtype).astype(jnp.float32)
+    gradients = jnp.asarray(rng.standard_normal((4, 64)), dtype).astype(jnp.float32)
+    direction = jnp.asarray(rng.standard_normal(64), jnp.float32)
+    settings = {"learning_rate": 0.01, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
+
+    def end(settings, gradients, weights, low):
+        optimizer = adam_jax.adamw(**settings)
+        params = weights
+        if low:
+            optimizer = adam_jax.master_weights(optimizer, remainder)
+            params = weights.astype(dtype)
+            state = optimizer.init(jax.lax.stop_gradient(params))
+            params, state = adam_jax.load_master_params(weights, params, state)
+        else:
+            state = optimizer.init(params)
+
+        def step(at, gradient):
+            params, state = at
+            updates, state = optimizer.update(gradient.astype(params.dtype), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, state), gradients)
+        return jnp.sum(direction * untyped(params))
+
+    def derivatives(low):
+        return jax.jit(jax.grad(functools.partial(end, low=low), argnums=(0, 1, 2)))(
+            settings, gradients, weights
+        )
+
+    # Tangents of parameters are rounded as parameters are, and without a remainder weights are.
+    found, desired = derivatives(low=True), derivatives(low=False)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(desired), strict=True):
+        np.testing.assert_allclose(x, y, atol=4 * jnp.finfo(dtype).eps * np.max(np.abs(y)))
+    in_float32 = jax.jit(functools.partial(end, low=False))
+    for name, value in settings.items():
+        ends = [in_float32(settings | {name: value + h}, gradients, weights) for h in (H, -H)]
+        difference = (ends[0] - ends[1]) / (2 * H)
+        np.testing.assert_allclose(found[0][name], difference, rtol=0.02, atol=0.02)

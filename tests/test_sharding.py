@@ -150,22 +150,38 @@ def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(row):
     )
 
 
+EXPLICIT = Mesh(MESH.devices, MESH.axis_names, axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+
+@pytest.mark.covering
 @each_layout
-def test_a_mesh_whose_axes_are_explicit(row):
-    """Where shardings are part of types, gradients are brought to the state's by the user."""
+@pytest.mark.parametrize("gradients_at", [(), (None, "data"), ("data",)], ids=str)
+@pytest.mark.parametrize("params_at", [(), ("model",)], ids=str)
+def test_a_mesh_whose_axes_are_explicit(row, params_at, gradients_at):
+    """Where shardings are part of types, gradients, state and parameters may have different ones.
+
+    Updates have those of the parameters.
+    """
     optimizer, dtype = row.make(**EXACT), row.param_dtype
-    mesh = Mesh(MESH.devices, MESH.axis_names, axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    params, gradients = random(0, dtype), random(1, dtype)
-    params = jax.device_put(params, on(mesh))
-    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
-    like_params = jax.tree.map(
-        lambda p: adam_jax.state_shardings(optax.trace(0.9), p, axis="data").trace, params
+    params, gradients = (
+        tree | {"kernel": jax.device_put(tree["kernel"], on(EXPLICIT, *spec))}
+        for tree, spec in (
+            (jax.device_put(random(0, dtype), on(EXPLICIT)), params_at),
+            (jax.device_put(random(1, dtype), on(EXPLICIT)), gradients_at),
+        )
     )
-    gradients = jax.device_put(gradients, like_params)
-    with jax.set_mesh(mesh):
-        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-        step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
-        assert_same_bits(three_steps(step, params, state, gradients), on_one_device(row))
+    placed, shardings = (
+        shardings_of(params),
+        adam_jax.state_shardings(optimizer, params, axis="data"),
+    )
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    updates = jax.eval_shape(optimizer.update, gradients, state, params)[0]
+    specs = [x.sharding.spec for x in jax.tree.leaves(updates)]
+    assert specs == [jax.typeof(x).sharding.spec for x in jax.tree.leaves(params)]
+    params, state = three_steps(step_of(optimizer), params, state, gradients)
+    assert_same_bits((params, state), on_one_device(row))
+    assert_placed(params, placed)
+    assert_placed(state, shardings)
 
 
 @pytest.mark.covering

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from hlo import Program
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from steps import LARGE, SCHEDULE, SHAPES
 from targets import tpu
 
@@ -21,6 +21,7 @@ KINDS = {
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 each_kind = pytest.mark.parametrize("kind", KINDS)
+each_axis_type = pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
 each_topology = pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4"])
 
 
@@ -32,10 +33,10 @@ def placed(tree, shardings):
     )
 
 
-def zero_1(topology, kind, shapes):
+def zero_1(topology, axes, kind, shapes):
     """A mesh of all chips; optimizer; parameters, replicated; their state, in parts."""
     optimizer, dtype = KINDS[kind]
-    mesh = Mesh(np.array(tpu(topology)).ravel(), ("data",))
+    mesh = Mesh(np.array(tpu(topology)).ravel(), ("data",), axis_types=(axes,))
     replicated = NamedSharding(mesh, PartitionSpec())
     params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     params = placed(params, [replicated] * len(params))
@@ -67,11 +68,16 @@ def bytes_of(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.covering
 @each_kind
+@each_axis_type
 @each_topology
-def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, kind):
-    """Gradients come as a reduce-scatter has left them: in the parts of the state."""
-    mesh, optimizer, params, state = zero_1(topology, kind, SHAPES)
+def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, axes, kind):
+    """Gradients come as a reduce-scatter has left them: in the parts of the state.
+
+    Parameters of 16 bits are gathered as such, not as updates of 32.
+    """
+    mesh, optimizer, params, state = zero_1(topology, axes, kind, SHAPES)
 
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
@@ -89,17 +95,20 @@ def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, kind):
     assert memory.argument_size_in_bytes < padding * expected
     for _, x in collectives(compiled):
         row_maximum = x.operation.startswith("all-reduce") and x.arrays[0].size < LARGE
-        assert x.operation.startswith("all-gather") or row_maximum, x
+        assert row_maximum or x.operation.startswith("all-gather"), x
+        assert row_maximum or x.arrays[0].dtype == {2: "bf16", 4: "f32"}[params[0].dtype.itemsize]
 
 
+@pytest.mark.covering
 @each_kind
+@each_axis_type
 @pytest.mark.parametrize("topology", ["v5e:2x2"])
-def test_gradients_are_reduced_and_scattered(topology, kind):
+def test_gradients_are_reduced_and_scattered(topology, axes, kind):
     """A whole data-parallel step: no chip has the sum of all gradients.
 
     On 16 chips of a v5e the compiler adds them up on all, even where `psum_scatter` asks it not to.
     """
-    mesh, optimizer, params, state = zero_1(topology, kind, [(2048, 1024), (1024, 2048)])
+    mesh, optimizer, params, state = zero_1(topology, axes, kind, [(2048, 1024), (1024, 2048)])
 
     def step(params, state, inputs):
         def loss(params):
