@@ -16,6 +16,7 @@ from adam_jax._averaging import averaged_params as averaged_params
 from adam_jax._convert import convert_remainder as convert_remainder
 from adam_jax._convert import convert_state as convert_state
 from adam_jax._master_weights import MasterWeightsState as MasterWeightsState
+from adam_jax._master_weights import NoLowPrecisionWarning as NoLowPrecisionWarning
 from adam_jax._master_weights import load_master_params as load_master_params
 from adam_jax._master_weights import master_params as master_params
 from adam_jax._master_weights import master_weights as master_weights

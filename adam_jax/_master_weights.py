@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,17 @@ from adam_jax._types import Leaf, RealLeaf, Words, is_none
 
 _NOTHING = "none"
 _FORMATS = {"int8": np.int8, "int16": np.int16, "float32": np.float32}
+_NO_LOW_PRECISION = (
+    "no parameter is bfloat16 or float16, so there is nothing for master_weights to do. To train "
+    "float32 weights in fewer bytes, cast them and keep the bits that are lost: "
+    "params = optax.tree.cast(weights, jax.numpy.bfloat16); state = optimizer.init(params); "
+    "params, state = adam_jax.load_master_params(weights, params, state)"
+)
 _LOW = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
+
+
+class NoLowPrecisionWarning(UserWarning):
+    """`master_weights` was given no bfloat16 or float16 parameter, and changes nothing."""
 
 
 class MasterWeightsState(NamedTuple):
@@ -118,6 +129,9 @@ def master_weights(
             gradients that do not fit them.
         TypeError: in `init`, for a parameter of integer dtype, naming its path.
 
+    Warns:
+        NoLowPrecisionWarning: in `init`, where no parameter is bfloat16 or float16.
+
     Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
         >>> optimizer = adam_jax.master_weights(adam_jax.adamw(1e-3), "int16")
@@ -136,6 +150,9 @@ def master_weights(
 
     def init(params: optax.Params) -> MasterWeightsState:
         check_leaves("parameter", params)
+        leaves = jax.tree.leaves(params)
+        if leaves and not any(map(is_low, leaves)):
+            warnings.warn(_NO_LOW_PRECISION, NoLowPrecisionWarning, stacklevel=2)
         return MasterWeightsState(
             count=jnp.zeros([], jnp.int32),
             remainder=no_remainders(params, remainder),

@@ -610,7 +610,18 @@ def test_linen(remainder):
     assert losses[-1] < 0.5 * losses[0]
 
 
-# Errors
+# Warnings and errors
+
+
+def test_parameters_none_of_which_has_16_bits():
+    """As after pasting an example without its cast."""
+    optimizer = master_weights(adam_jax.adam(1e-3), "int8")
+    wide = {"w": jnp.ones(3), "b": jnp.ones((), jnp.complex64)}
+    for params in (wide, jax.eval_shape(lambda: wide)):
+        with pytest.warns(adam_jax.NoLowPrecisionWarning, match=r"cast.*load_master_params"):
+            optimizer.init(params)
+    optimizer.init(wide | {"low": jnp.ones(3, jnp.float16)})
+    optimizer.init({})
 
 
 def test_errors():
