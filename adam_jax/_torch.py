@@ -1,5 +1,6 @@
 """Moving a running training in from torch, and out to it."""
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax._checks import keystr
+from adam_jax._amsgrad import Maximum
+from adam_jax._checks import check_choice, keystr
 from adam_jax._codec import Moments, codec_of
 from adam_jax._convert import convert_state, written
 from adam_jax._moments import arithmetic_dtype
@@ -97,11 +99,14 @@ def from_torch(
             )
         return array
 
+    def in_params(arrays: dict[str, Any]) -> Any:
+        return _moved(lambda x: to_params(jax.tree.map(lambda x: jnp.asarray(x, float), x)), arrays)
+
     trees = {
-        field: to_params({name: array(name, slot.fields[field]) for name, slot in slots.items()})
+        field: in_params({name: array(name, slot.fields[field]) for name, slot in slots.items()})
         for field in next(iter(slots.values())).fields
     }
-    counts = to_params({name: jnp.full(shape, steps[name]) for name, shape in shapes.items()})
+    counts = in_params({name: np.full(shape, steps[name]) for name, shape in shapes.items()})
 
     def moved(x: Any) -> Any:
         if isinstance(x, WITH_MOMENTS):
@@ -112,7 +117,12 @@ def from_torch(
 
 
 def to_torch(
-    state: Any, torch_state: Mapping[str, Any], torch_params: Mapping[str, Any], to_params: ToParams
+    state: Any,
+    torch_state: Mapping[str, Any],
+    torch_params: Mapping[str, Any],
+    to_params: ToParams,
+    *,
+    maximum: Maximum | None = None,
 ) -> dict[str, Any]:
     """The `state_dict()` with which a training that ran here continues in torch.
 
@@ -127,6 +137,10 @@ def to_torch(
             groups are taken over; it need not have made a step.
         torch_params: as in `from_torch`. If they are tensors, so is what is returned.
         to_params: as in `from_torch`. It has to use each element of each parameter once.
+        maximum: as `amsgrad` has it. torch's is the raw one. A corrected one, such as optax's, is
+            multiplied by 1 - b2^t, which makes torch's next step as long as ours; later ones may be
+            longer, up to (1 - b2^t)^(-1/2) times. Numbers mostly tell which of the two it is: this
+            is needed where an error asks for it.
 
     Returns:
         What `load_state_dict` takes, with moments in the parameters' dtypes. Parameters without
@@ -134,7 +148,8 @@ def to_torch(
 
     Raises:
         ValueError: where names or shapes do not fit, or the optimizers are not the same; if
-            `to_params` leaves an element out or uses it twice.
+            `to_params` leaves an element out or uses it twice, or does arithmetic; where AMSGrad's
+            maximum may be either.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp, numpy as np
@@ -152,6 +167,8 @@ def to_torch(
         >>> torch_state["state"][0]["step"].item(), torch_state["state"][0]["exp_avg"].shape
         (1.0, (1, 2))
     """
+    if maximum is not None:
+        check_choice("maximum", maximum, ("raw", "corrected"))
     states = states_with_moments(convert_state(state))
     slots = _slots(torch_state, torch_params, states)
     arrays = {
@@ -168,25 +185,40 @@ def to_torch(
                 f"{times.min():g} and some {times.max():g} times. Only then there is a way back."
             )
 
-    def named(tree_of: Callable[[Any], Any]) -> Arrays:
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), like)
+
+    def back(params: optax.Params) -> Arrays:
+        return transpose(jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), params, like))[0]
+
+    def named(tree_of: Callable[[Any], Any]) -> dict[str, Any]:
         """By torch's names, what each state has for the leaves that are its own."""
         parts = [
             jax.tree.map(
-                lambda leaf, part: jax.tree.map(jnp.zeros_like, part) if _is_masked(leaf) else leaf,
+                lambda leaf, zero: zero if _is_masked(leaf) else np.asarray(leaf),
                 tree_of(x),
-                like,
+                zeros,
                 is_leaf=_is_masked,
             )
             for x in states
         ]
-        whole = jax.tree.map(lambda like, *xs: sum(x.astype(like.dtype) for x in xs), like, *parts)
-        return transpose(whole)[0]
+        return _moved(back, jax.tree.map(lambda *xs: functools.reduce(np.add, xs), *parts))
 
-    steps = named(lambda x: jax.tree.map(lambda leaf: jnp.full(leaf.shape, x.count), x.mu))
+    steps = named(lambda x: jax.tree.map(lambda leaf: np.full(leaf.shape, x.count), x.mu))
     moments = {field: named(operator.attrgetter(field)) for field in _fields(states[0])}
+    last_steps = {name: int(np.max(step, initial=0)) for name, step in steps.items()}
+    if "nu_max" in moments:
+        corrections = {
+            name: 1 - slot.group["betas"][1] ** max(last_steps[name], 1)
+            for name, slot in slots.items()
+        }
+        if not _is_raw(maximum, moments, corrections, state):
+            moments["nu_max"] = {
+                name: x * np.asarray(corrections[name], x.dtype)
+                for name, x in moments["nu_max"].items()
+            }
     entries = {}
     for name, slot in slots.items():
-        step = int(jnp.max(steps[name], initial=0))
+        step = last_steps[name]
         if step:
             param = torch_params[name]
             entry = {"step": _number(param, step)}
@@ -196,6 +228,60 @@ def to_torch(
                 entry[torch_field] = _like(param, moments[field][name])
             entries[slot.key] = entry
     return {**torch_state, "state": entries}
+
+
+def _is_raw(
+    maximum: Maximum | None, moments: dict[str, Arrays], corrections: dict[str, float], state: Any
+) -> bool:
+    """Whether AMSGrad's maximum is of v, and not of v / (1 - b2^t).
+
+    A corrected one is never less than the present v / (1 - b2^t). A raw one is v where v is at its
+    largest.
+    """
+    if maximum is not None:
+        return maximum == "raw"
+    dtypes = {x.dtype for x in jax.tree.leaves([x.nu_max for x in states_with_moments(state)])}
+    tolerance = 2.0**-6 if np.dtype(jnp.bfloat16) in dtypes else 1e-5  # twice what rounding is off
+    corrected = {name: moments["nu"][name] / c for name, c in corrections.items()}
+    if any(
+        np.any(moments["nu_max"][name] < (1 - tolerance) * x) for name, x in corrected.items()
+    ) or all(c > 1 - tolerance for c in corrections.values()):
+        return True
+    raise ValueError(
+        "AMSGrad's maximum may be the raw one, as in torch, or the corrected one. Say which the "
+        "optimizer has: to_torch(..., maximum='raw') or to_torch(..., maximum='corrected')."
+    )
+
+
+def _moved(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns what a function that moves elements makes of a tree, with the numbers as they are.
+
+    It may cast them too, as parameters are cast to bfloat16. So it is given their bytes, one after
+    the other, which are numbers that every dtype holds.
+    """
+    arrays = jax.tree.map(np.asarray, tree)
+    dtype = np.result_type(*jax.tree.leaves(arrays))
+
+    def as_bytes(x: jax.Array) -> Any:
+        numbers = np.asarray(x, np.float32)
+        words = numbers.astype(np.uint8)
+        if np.any(words != numbers):
+            raise ValueError(
+                "to_params does arithmetic. It may rename, transpose, reshape, split, join and "
+                "cast weights, since what it does to them is done to their moments."
+            )
+        return words
+
+    def moved(i: int) -> Any:
+        planes = jax.tree.map(
+            lambda x: x.astype(dtype)[..., None].view(np.uint8)[..., i].astype(np.float32), arrays
+        )
+        return jax.tree.map(as_bytes, function(planes))
+
+    return jax.tree.map(
+        lambda *words: np.stack(words, axis=-1).view(dtype)[..., 0],
+        *map(moved, range(dtype.itemsize)),
+    )
 
 
 class _Slot(NamedTuple):

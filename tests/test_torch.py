@@ -7,6 +7,7 @@ which we go on, and 20 more to compare with. torch_round_trip.py does it with to
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +274,62 @@ def test_counts_that_differ_need_optimizers_that_differ():
             np.testing.assert_array_equal(back["state"][key][field], x)
 
 
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__
+)
+def test_moments_and_counts_do_not_pass_through_the_weights_dtype(dtype):
+    """`to_params` casts the weights. float16 would make nu 0, bfloat16 round 100,001 steps."""
+    torch_state, weights = small_torch(100_001)
+    for entry in torch_state["state"].values():
+        entry["exp_avg_sq"] *= np.float32(1e-9)
+
+    def to_params(torch):
+        return jax.tree.map(lambda x: x.astype(dtype), transposed(torch))
+
+    optimizer = adam_jax.adam(optax.constant_schedule(1e-3))
+    state = moved(optimizer, torch_state, weights, to_params, dtype)
+    assert state[0].count == state[1].count == 100_001
+    m, v = (torch_state["state"][0][field] for field in ("exp_avg", "exp_avg_sq"))
+    np.testing.assert_array_equal(state[0].mu["body"]["kernel"], m.T)
+    np.testing.assert_array_equal(state[0].nu["body"]["kernel"], v.T)
+    back = adam_jax.to_torch(state, torch_state, weights, to_params)
+    for key, entry in torch_state["state"].items():
+        for field, x in entry.items():
+            np.testing.assert_array_equal(back["state"][key][field], x)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("format", [None, "bfloat16"])
+def test_the_maximum_of_amsgrad(format):
+    """torch's step after the conversion is as long as the one before it, here."""
+    rng = np.random.default_rng(0)
+    gradients = {"w": jnp.asarray(rng.standard_normal((30, 64)), jnp.float32)}
+    torch_state = {"state": {}, "param_groups": [{**GROUP, "params": [0], "amsgrad": True}]}
+    weights = {"w": np.zeros(64, np.float32)}
+
+    def largest_error(optimizer, **options):
+        updates, state = {}, optimizer.init({"w": jnp.zeros(64)})
+        for i in range(30):
+            updates, state = optimizer.update(jax.tree.map(lambda g, i=i: g[i], gradients), state)
+        entry = adam_jax.to_torch(state, torch_state, weights, dict, **options)["state"][0]
+        root = np.sqrt(entry["max_exp_avg_sq"] / (1 - 0.999**30))
+        steps = -entry["exp_avg"] / (1 - 0.9**30) / (root + 1e-8)
+        return np.max(np.abs(steps / updates["w"] - 1))
+
+    tolerance = 1e-4 if format is None else 2.0**-6
+    formats: Any = {"mu_dtype": format, "nu_dtype": format}
+    raw = adam_jax.amsgrad(1.0, **formats)
+    corrected = adam_jax.amsgrad(1.0, maximum="corrected", **formats)
+    assert largest_error(raw) < tolerance
+    assert largest_error(raw, maximum="raw") < tolerance
+    assert largest_error(corrected, maximum="corrected") < tolerance
+    for ambiguous in [corrected] + [optax.amsgrad(1.0)] * (format is None):
+        with pytest.raises(ValueError, match=r"Say which the optimizer has.*maximum='raw'"):
+            largest_error(ambiguous)
+    with pytest.raises(ValueError, match="maximum must be one of"):
+        largest_error(raw, maximum="true")
+
+
 def test_the_product_of_nadams_warm_up():
     # torch multiplies b1 (1 - 0.96^(t momentum_decay) / 2) up, step by step.
     group = {"params": [0, 1], "betas": (0.9, 0.999), "momentum_decay": 0.004}
@@ -361,6 +418,13 @@ def test_there_is_no_way_back_if_an_element_is_left_out_or_used_twice():
         state = moved(adam_jax.adam(1e-3), torch_state, weights, to_params)  # in there is
         with pytest.raises(ValueError, match=f"each element of '{name}' once"):
             adam_jax.to_torch(state, torch_state, weights, to_params)
+
+
+def test_to_params_that_does_arithmetic():
+    torch_state, weights = small_torch()
+    half = lambda torch: jax.tree.map(lambda x: x / 2, transposed(torch))  # noqa: E731
+    with pytest.raises(ValueError, match="to_params does arithmetic"):
+        moved(adam_jax.adam(1e-3), torch_state, weights, half)
 
 
 def test_a_state_that_was_made_of_other_numbers_is_refused():
