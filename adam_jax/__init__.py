@@ -15,6 +15,8 @@ from adam_jax._averaging import average_params as average_params
 from adam_jax._averaging import averaged_params as averaged_params
 from adam_jax._convert import convert_remainder as convert_remainder
 from adam_jax._convert import convert_state as convert_state
+from adam_jax._landing import CheckLandingState as CheckLandingState
+from adam_jax._landing import check_landing as check_landing
 from adam_jax._master_weights import MasterWeightsState as MasterWeightsState
 from adam_jax._master_weights import NoLowPrecisionWarning as NoLowPrecisionWarning
 from adam_jax._master_weights import load_master_params as load_master_params

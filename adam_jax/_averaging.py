@@ -3,6 +3,7 @@
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_decay, check_leaves, check_state
+from adam_jax._master_weights import weights_of
 from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
 from adam_jax._sharding import placed, resharded
-from adam_jax._state import leaves_beside, only_state, unaliased
+from adam_jax._state import leaves_beside, only_state, states_of, unaliased
 from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
 
@@ -47,6 +49,11 @@ def average_params(
     wider. The updates are those of `inner`. `averaged_params` reads the average out. Wrap the
     whole chain: what is averaged is `optax.apply_updates(params, updates)` with the updates
     that leave this wrapper.
+
+    What counts are steps of the optimizer: where `inner` has `optax.MultiSteps` or
+    `optax.apply_if_finite` in it, a call that makes no step leaves the average alone. With
+    `master_weights`, inside or outside, the float32 weights are averaged. One order has everything
+    right: `master_weights(average_params(optax.MultiSteps(chain, k)))`.
 
     Args:
         inner: any optax gradient transformation.
@@ -94,24 +101,21 @@ def average_params(
             updates,
             is_leaf=is_none,
         )
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, AverageParamsState(
-            count=count,
-            weight=_next_weight(state.weight, count, b),
-            average=jax.tree.map(
-                lambda a, p: a if a is None else _average_leaf(a, p, b),
-                state.average,
-                new_params,
-                is_leaf=is_none,
-            ),
-            inner_state=inner_state,
-        )
+        new = _averaged(state, weights_of(new_params, inner_state), b)
+        stepped = _steps_made(state.inner_state, inner_state, updates)
+        if stepped is not None:
+            new = jax.tree.map(
+                lambda x, old: jnp.where(stepped, x, old), new, state._replace(inner_state=())
+            )
+        return updates, new._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def averaged_params(params: optax.Params, state: Any) -> optax.Params:
     """The averaged parameters theta_avg / (1 - decay^t), in the dtypes of `params`.
+
+    With `master_weights`, `averaged_params(master_params(params, state), state)` is in float32.
 
     Args:
         params: the current parameters; returned as they are before the first step, and always
@@ -134,6 +138,36 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
     leaves, tree = jax.tree.flatten(params)
     averages = leaves_beside(params, found.average, "state.average")
     return unaliased(tree.unflatten(map(read, leaves, averages)), params)
+
+
+def _averaged(state: AverageParamsState, params: optax.Params, b: Decay) -> AverageParamsState:
+    """Returns the average after one more step, without the state of the optimizer inside."""
+    count = jnp.asarray(optax.safe_increment(state.count))
+    average = jax.tree.map(
+        lambda a, p: a if a is None else _average_leaf(a, p, b),
+        state.average,
+        params,
+        is_leaf=is_none,
+    )
+    return AverageParamsState(count, _next_weight(state.weight, count, b), average, ())
+
+
+def _steps_made(old: Any, new: Any, updates: optax.Updates) -> jax.Array | None:
+    """Whether the optimizer inside made a step, or None if it makes one at each call.
+
+    `optax.MultiSteps` makes one in so many calls, `optax.apply_if_finite` none of a gradient that
+    is not finite, unless there were too many of these.
+    """
+    stepped = [
+        x.gradient_step != y.gradient_step
+        for x, y in zip(
+            *(states_of(optax.MultiStepsState, state) for state in (old, new)), strict=True
+        )
+    ]
+    for x in states_of(optax.ApplyIfFiniteState, new):
+        moved = [jnp.any(u != 0) for u in jax.tree.leaves(updates)]
+        stepped.append(functools.reduce(jnp.logical_or, moved, x.last_finite))
+    return functools.reduce(jnp.logical_and, stepped) if stepped else None
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from adam_jax._checks import (
     flatten_up_to,
     leaf_path,
 )
+from adam_jax._landing import CheckLandingState, moved
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import Draw, draws, join, split
 from adam_jax._sharding import placed, resharded
@@ -35,9 +36,10 @@ from adam_jax._state import (
     unaliased,
     unboxed,
 )
-from adam_jax._types import Leaf, RealLeaf, Words, is_none
+from adam_jax._types import Leaf, RealLeaf, Words, is_low, is_none
 
 _NOTHING = "none"
+_ROUNDED = (_NOTHING, "int8")  # stochastically, at each step
 _FORMATS = {"int8": np.int8, "int16": np.int16, "float32": np.float32}
 _NO_LOW_PRECISION = (
     "no parameter is bfloat16 or float16, so there is nothing for master_weights to do. To train "
@@ -45,7 +47,6 @@ _NO_LOW_PRECISION = (
     "params = optax.tree.cast(weights, jax.numpy.bfloat16); state = optimizer.init(params); "
     "params, state = adam_jax.load_master_params(weights, params, state)"
 )
-_LOW = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
 
 class NoLowPrecisionWarning(UserWarning):
@@ -81,7 +82,8 @@ def master_weights(
 
     The update is the float32 number p_new - p. `optax.apply_updates` adds in float32 and rounds
     once, so the parameter lands on p_new exactly. Hence **this must be the outermost wrapper of
-    a chain**: whatever scales or clips its updates would make parameter and remainder disagree.
+    a chain**: whatever scales or clips its updates would make parameter and remainder disagree
+    (`check_landing` finds out).
     Updates are float32 although gradients may be bfloat16; `inner` sees float32 gradients and
     weights, so that clipping, decoupled decay and accumulation of gradients are float32's too.
 
@@ -125,8 +127,9 @@ def master_weights(
         float32 weights out, `load_master_params` puts them in.
 
     Raises:
-        ValueError: for another `remainder`; in `update` when called without parameters, or with
-            gradients that do not fit them.
+        ValueError: for another `remainder`; in `init`, for `optax.lookahead` inside, and for
+            `optax.contrib.mechanize` with `"none"` or `"int8"`; in `update` when called without
+            parameters, or with gradients that do not fit them.
         TypeError: in `init`, for a parameter of integer dtype, naming its path.
 
     Warns:
@@ -153,10 +156,12 @@ def master_weights(
         leaves = jax.tree.leaves(params)
         if leaves and not any(map(is_low, leaves)):
             warnings.warn(_NO_LOW_PRECISION, NoLowPrecisionWarning, stacklevel=2)
+        inner_state = inner.init(jax.tree.map(_master_like, params))
+        _check_inner(inner_state, remainder)
         return MasterWeightsState(
             count=jnp.zeros([], jnp.int32),
             remainder=no_remainders(params, remainder),
-            inner_state=inner.init(jax.tree.map(_master_like, params)),
+            inner_state=inner_state,
         )
 
     def update(
@@ -211,6 +216,21 @@ def master_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _check_inner(inner_state: Any, remainder: str) -> None:
+    """Raises ValueError for an optimizer that cannot work inside `master_weights`."""
+    if states_of(optax.LookaheadState, inner_state):
+        raise ValueError(
+            "optax.lookahead cannot be inside master_weights: its parameters are fast and slow "
+            "ones, its gradients those of the fast ones alone. For an average of the weights take "
+            "adam_jax.average_params."
+        )
+    if remainder in _ROUNDED and states_of(optax.contrib.MechanicState, inner_state):
+        raise ValueError(
+            "optax.contrib.mechanize divides the way that weights have come by a small number, and "
+            f"with it the rounding of remainder={remainder!r}. Take 'int16' or 'float32'."
+        )
+
+
 def master_params(params: optax.Params, state: Any) -> optax.Params:
     """The float32 weights that `master_weights` trains, of which `params` are the upper bits.
 
@@ -227,13 +247,19 @@ def master_params(params: optax.Params, state: Any) -> optax.Params:
     Raises:
         ValueError: when there is no such state, or more than one.
     """
-    found = only_state(MasterWeightsState, "master_weights", state)
+    only_state(MasterWeightsState, "master_weights", state)  # there must be one
+    return unaliased(jax.tree.map(placed, weights_of(params, state), params), params)
+
+
+def weights_of(params: optax.Params, state: Any) -> optax.Params:
+    """Returns the weights that an optimizer trains, in float32 where `master_weights` does."""
     leaves, tree = jax.tree.flatten(params)
-    masters = [
-        p if _is_masked(r) else placed(master_leaf(p, r), p)
-        for p, r in zip(leaves, _remainder_leaves(found, params), strict=True)
-    ]
-    return unaliased(tree.unflatten(masters), params)
+    for found in states_of(MasterWeightsState, state):
+        leaves = [
+            p if _is_masked(r) else master_leaf(p, r)
+            for p, r in zip(leaves, _remainder_leaves(found, params), strict=True)
+        ]
+    return tree.unflatten(leaves)
 
 
 def load_master_params(
@@ -245,7 +271,11 @@ def load_master_params(
     the remainder: `master_params` of what it returns is `master`, exactly for `"float32"` and,
     within the limits that `master_weights` states, for `"int16"`, to half of 2^-8 ulp for
     `"int8"`. For `"none"` there is nowhere to keep them, and parameters are just rounded to
-    nearest. The inner optimizer's state stays as it is.
+    nearest.
+
+    The inner optimizer's state stays as it is. Some optimizers keep weights in it, those they began
+    with or others: `schedule_free`, `mechanize`, `prodigy`, `dog`, `cocob` of `optax.contrib`. They
+    have to be told: `state = state._replace(inner_state=inner.init(master))`.
 
     Args:
         master: the weights, in float32.
@@ -287,6 +317,7 @@ def load_master_params(
         remainder_tree = jax.tree.structure(old.remainder)
         old = old._replace(remainder=remainder_tree.unflatten(jax.tree.leaves(remainders)))
     loaded_state = map_states(lambda _: old, MasterWeightsState, state)
+    loaded_state = map_states(moved, CheckLandingState, loaded_state)
     return unaliased((tree.unflatten(loaded), loaded_state), master, params, state)
 
 
@@ -352,11 +383,6 @@ def _likes(state: MasterWeightsState, params: optax.Params) -> list[Any]:
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
-
-
-def is_low(leaf: Any) -> bool:
-    """Whether a parameter is stored in fewer bits than it is trained in."""
-    return getattr(leaf, "dtype", np.float32) in _LOW
 
 
 def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:

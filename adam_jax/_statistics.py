@@ -9,7 +9,7 @@ import optax
 
 from adam_jax._checks import check_decay, flatten_up_to
 from adam_jax._codec import Stored, codec_of
-from adam_jax._master_weights import MasterWeightsState, is_low, master_leaf
+from adam_jax._master_weights import MasterWeightsState, master_leaf
 from adam_jax._moments import (
     Decay,
     abs_sq,
@@ -20,7 +20,7 @@ from adam_jax._moments import (
 )
 from adam_jax._rounding import split
 from adam_jax._state import leaves_of, states_of, states_with_moments, unboxed
-from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar, is_none
+from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar, is_low, is_none
 
 _ROOTS = ("update_rms", "param_rms", "signal_to_noise", "remainder_use")  # of means of squares
 

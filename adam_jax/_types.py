@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
@@ -30,6 +31,14 @@ def is_function(types: Collection[type[Any]], x: Any) -> bool:
     are a tree. Other frameworks make functions into containers.
     """
     return callable(x) and type(x) not in types
+
+
+LOW_PRECISION = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
+
+
+def is_low(leaf: Any) -> bool:
+    """Whether a parameter has 16 bits, and `master_weights` trains it in more."""
+    return getattr(leaf, "dtype", np.float32) in LOW_PRECISION
 
 
 def is_none(x: Any) -> bool:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from trees import descend, normal, untyped
+from low_precision import each_remainder
+from trees import descend, normal, random, untyped
 
 import adam_jax
 
@@ -138,6 +139,105 @@ def test_leaves_without_an_average():
     average = untyped(adam_jax.averaged_params(params, state))
     np.testing.assert_array_equal(average["a"], jnp.zeros(4))
     np.testing.assert_array_equal(average["b"], params["b"])
+
+
+ORDERS = {
+    "inside": lambda make, **options: adam_jax.master_weights(
+        adam_jax.average_params(make(), 0.9), **options
+    ),
+    "outside": lambda make, **options: adam_jax.average_params(
+        adam_jax.master_weights(make(), **options), 0.9
+    ),
+}
+
+
+@pytest.mark.covering
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@each_remainder
+def test_float32_weights_are_averaged(remainder, dtype, order):
+    """Not the parameters that they are rounded to. The average is in float32 if they are."""
+    steps, size = 40, 4096
+    start = {"low": 1 + random((size,)), "wide": 1 + random((3,), seed=1)}
+    params = jax.tree.map(jnp.asarray, start | {"low": start["low"].astype(dtype)})
+    gradients = {"low": random((steps, size), seed=2), "wide": random((steps, 3), seed=3)}
+    optimizer = ORDERS[order](lambda: optax.sgd(1e-4), remainder=remainder)
+    params, state = adam_jax.load_master_params(start, params, optimizer.init(params))
+
+    def step(at, gradient):
+        params, state = at
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), untyped(adam_jax.master_params(params, state))
+
+    (params, state), weights = jax.lax.scan(step, (params, state), gradients)
+    masters = adam_jax.master_params(params, state)
+    average = untyped(adam_jax.averaged_params(masters, state))
+    shares = 0.1 * 0.9 ** np.arange(steps - 1, -1, -1.0) / (1 - 0.9**steps)
+    for name in start:
+        assert average[name].dtype == jnp.float32
+        desired = np.tensordot(shares, np.asarray(weights[name], np.float64), 1)
+        # Inside, what is averaged has not been rounded yet to the bits that are kept.
+        ulp = float(jnp.finfo(dtype).eps) * {"none": 1, "int8": 2.0**-8}.get(remainder, 0)
+        exact = name == "wide" or order == "outside"
+        np.testing.assert_allclose(average[name], desired, atol=2e-6 + (0 if exact else ulp))
+    in_params = untyped(adam_jax.averaged_params(params, state))
+    np.testing.assert_array_equal(in_params["low"], average["low"].astype(dtype))
+
+
+CALLS = {
+    "around MultiSteps": lambda: adam_jax.average_params(
+        optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation(), 0.9
+    ),
+    "inside MultiSteps": lambda: optax.MultiSteps(
+        adam_jax.average_params(optax.sgd(1.0), 0.9), 4
+    ).gradient_transformation(),
+    "around apply_if_finite": lambda: adam_jax.average_params(
+        optax.apply_if_finite(optax.sgd(1.0), 100), 0.9
+    ),
+    "inside apply_if_finite": lambda: optax.apply_if_finite(
+        adam_jax.average_params(optax.sgd(1.0), 0.9), 100
+    ),
+    "around both": lambda: adam_jax.average_params(
+        optax.apply_if_finite(optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(), 100),
+        0.9,
+    ),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", CALLS)
+def test_steps_of_the_optimizer_are_counted(name):
+    """And not calls, of which `optax.MultiSteps` has several to a step."""
+    optimizer = CALLS[name]()
+    lost = 2 if name == "around both" else 3 if "finite" in name else 0  # of four gradients
+    gradients = jnp.where(np.arange(40) % 4 < lost, jnp.nan, jnp.ones(40))
+
+    def step(at, gradient):
+        p, state = at
+        updates, state = optimizer.update(gradient, state, p)
+        return (optax.apply_updates(p, updates), state), None
+
+    p = jnp.zeros(())
+    (p, state), _ = jax.lax.scan(step, (p, optimizer.init(p)), gradients)
+    assert p == -10
+    shares = 0.1 * 0.9 ** np.arange(9, -1, -1.0) / (1 - 0.9**10)
+    average = untyped(adam_jax.averaged_params(p, state))
+    np.testing.assert_allclose(average, -shares @ np.arange(1, 11), rtol=1e-6)
+
+
+def test_a_step_with_what_is_not_finite_counts_once_it_is_made():
+    inner = optax.apply_if_finite(optax.sgd(1.0), 1)
+    optimizer = untyped(adam_jax.average_params(inner, 0.9))
+    p = jnp.zeros(2)
+    state = optimizer.init(p)
+    gradient = jnp.array([0.0, jnp.nan])
+    counts = []
+    for _ in range(3):
+        _, state = optimizer.update(gradient, state, p)
+        counts.append(int(state.count))
+    assert counts == [0, 1, 2]  # the first one is rejected
 
 
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}

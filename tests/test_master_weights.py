@@ -353,6 +353,75 @@ def test_inside_transformations_that_leave_its_updates_alone(remainder):
         chex.assert_trees_all_close(ours, theirs, rtol=steps, atol=1e-6)
 
 
+@pytest.mark.covering
+@each_remainder
+@each_dtype
+def test_multi_steps_outside_keeps_every_bit_of_the_weights(dtype, remainder):
+    """It adds up gradients in 16 bits; what steps it makes are those of the sums."""
+    calls, k = 32, 4
+    params = tree_of(dtype)
+    gradients = jax.tree.map(lambda g: jnp.round(g * 8) / 8, tree_of(dtype, (calls // k,), 1))
+    repeated = jax.tree.map(lambda g: jnp.repeat(g, k, axis=0), gradients)  # their mean is exact
+    make = lambda: master_weights(adam_jax.adamw(**EXACT), remainder)  # noqa: E731
+    low, state = train(make(), params, gradients)
+    outside = optax.MultiSteps(make(), k).gradient_transformation()
+    other, other_state = untyped(train(outside, params, repeated))
+    chex.assert_trees_all_equal(other, low)
+    chex.assert_trees_all_equal(other_state.inner_opt_state, state)
+
+
+WITH_WEIGHTS = {
+    "schedule_free": lambda: optax.contrib.schedule_free(adam_jax.adamw(1e-3, b1=0.0), 1e-3),
+    "mechanize": lambda: optax.contrib.mechanize(adam_jax.adamw(1e-3)),
+    "prodigy": lambda: optax.contrib.prodigy(1e-2),
+    "cocob": lambda: optax.contrib.cocob(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_optimizers_that_keep_weights_in_their_state(name):
+    """They are told of the weights that are loaded, as the docstring has it."""
+    inner = WITH_WEIGHTS[name]()
+    weights = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32)}
+    gradients = {"kernel": tree_of("bfloat16", (40,), 1)["kernel"]}
+    desired, _ = train(inner, weights, widened(gradients))
+    low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+    optimizer = master_weights(inner, "int16")
+    params, state = load_master_params(weights, low, optimizer.init(low))
+    state = state._replace(inner_state=inner.init(weights))
+    step = lambda at, g: (take(optimizer, at, g), None)  # noqa: E731
+    (params, state), _ = jax.lax.scan(step, (params, state), gradients)
+    way = jax.tree.map(lambda a, b: jnp.linalg.norm(a - b), desired, weights)["kernel"]
+    error = jax.tree.map(
+        lambda a, b: jnp.linalg.norm(a - b), untyped(master_params(params, state)), desired
+    )["kernel"]
+    assert way > 0
+    assert error < 1e-3 * way
+
+
+def take(optimizer, at, gradients):
+    params, state = at
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@each_remainder
+def test_optimizers_that_cannot_be_inside(remainder):
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    mechanized = optax.chain(optax.clip(1.0), optax.contrib.mechanize(adam_jax.adamw(1e-3)))
+    optimizer = untyped(master_weights(mechanized, remainder))
+    if remainder in ("none", "int8"):
+        with pytest.raises(ValueError, match=f"mechanize divides .*'{remainder}'"):
+            optimizer.init(params)
+    else:
+        assert optimizer.init(params).remainder["w"].shape == (3,)
+    lookahead = optax.lookahead(adam_jax.adamw(1e-3), 6, 0.5)
+    both = optax.LookaheadParams.init_synced(params)
+    with pytest.raises(ValueError, match="lookahead cannot be inside master_weights"):
+        master_weights(lookahead, remainder).init(both)
+
+
 def test_masked_leaves_are_not_touched():
     params = {"trained": jnp.ones((3, 4), jnp.bfloat16), "frozen": jnp.ones(5, jnp.bfloat16)}
     gradients = jax.tree.map(lambda p: jnp.full(p.shape, 0.5, p.dtype), params)

@@ -1,0 +1,89 @@
+"""`check_landing`: whether parameters are where the last updates should have brought them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from low_precision import each_dtype, each_remainder
+from trees import random_tree, step_of, untyped
+
+import adam_jax
+from adam_jax import check_landing, convert_remainder, load_master_params, master_weights
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+NOT_WHERE = r"\['kernel'\] is not where"
+CHANGES = {
+    "scaled": optax.scale(0.5),
+    "clipped": optax.clip(1e-3),
+    "by their norm": optax.clip_by_global_norm(1e-3),
+    "decayed": optax.add_decayed_weights(0.01),
+}
+
+
+def make(remainder="int8") -> Any:
+    return untyped(check_landing(master_weights(adam_jax.adamw(1e-2), remainder)))
+
+
+def params_of(dtype) -> Any:
+    return random_tree({"kernel": (16, 24), "wide": (3,)}, dtype) | {"wide": jnp.ones(3)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@each_remainder
+def test_updates_that_somebody_changes(remainder, change):
+    optimizer = optax.chain(make(remainder), CHANGES[change])
+    params = params_of("bfloat16")
+    step = step_of(optimizer)
+    moved, state = step(params, optimizer.init(params), params)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=NOT_WHERE):
+        jax.block_until_ready(step(moved, state, params))
+
+
+def test_outside_of_jit_the_error_is_one_of_python():
+    optimizer = optax.chain(make(), optax.scale(0.5))
+    params = params_of("bfloat16")
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    with pytest.raises(ValueError, match=NOT_WHERE):
+        optimizer.update(params, state, optax.apply_updates(params, updates))
+    with pytest.raises(ValueError, match="check_landing needs the parameters"):
+        optimizer.update(params, state)
+
+
+@pytest.mark.covering
+@each_dtype
+@each_remainder
+def test_a_run_in_which_nothing_is_wrong(remainder, dtype):
+    """Parameters move between steps where they are loaded or converted, and that is no fault."""
+    optimizer = make(remainder)
+    alone = optimizer.init(params_of(dtype)).inner_state
+    params, state = params_of(dtype), optimizer.init(params_of(dtype))
+    weights = jax.tree.map(lambda p: p.astype(jnp.float32) * 1.01, params)
+    step = step_of(optimizer)
+    plain = step_of(master_weights(adam_jax.adamw(1e-2), remainder))
+    desired = params
+    for move in (None, None, "load", None, "convert", None, None):
+        if move == "load":
+            params, state = load_master_params(weights, params, state)
+            desired, alone = load_master_params(weights, desired, alone)
+        if move == "convert":
+            params, state = convert_remainder(params, state, remainder)
+            desired, alone = convert_remainder(desired, alone, remainder)
+        params, state = step(params, state, params_of(dtype))
+        desired, alone = plain(desired, alone, params_of(dtype))
+    jax.block_until_ready(params)
+    jax.effects_barrier()
+    assert state.known
+    jax.tree.map(np.testing.assert_array_equal, (params, state.inner_state), (desired, alone))
+
+
+def test_several_models_at_once():
+    optimizer = optax.chain(make(), optax.scale(0.5))
+    params = jax.tree.map(lambda p: jnp.stack([p, p + 1]), params_of("bfloat16"))
+    state = jax.vmap(optimizer.init)(params)
+    _, state = jax.vmap(optimizer.update)(params, state, params)
+    with pytest.raises(Exception, match=NOT_WHERE):
+        jax.vmap(optimizer.update)(params, state, params)
