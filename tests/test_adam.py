@@ -33,6 +33,22 @@ def test_two_thousand_steps_agree_with_float64(b1, b2, nesterov, gradients):
     assert largest_error(actual, desired) < 4e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("b2", [0.9, 0.999, 0.9999999])
+def test_the_accuracy_that_the_readme_claims(b2):
+    """On 40,000 coordinates, with the other settings as they are by default."""
+    rng = np.random.default_rng(1)
+    optimizer = untyped(adam_jax.scale_by_adam(b2=b2, eps=0.0))
+    update, state = jax.jit(optimizer.update), optimizer.init(jnp.zeros(40_000))
+    m = v = np.zeros(40_000)
+    for t in range(1, 2001):
+        g = rng.standard_normal(40_000, np.float32)
+        actual, state = update(g, state)
+        m, v = m + 0.1 * (g - m), v + (1 - b2) * (np.square(g, dtype=np.float64) - v)
+        desired = m / -np.expm1(t * np.log(0.9)) / np.sqrt(v / -np.expm1(t * np.log(b2)))
+        assert largest_error(actual, desired) < 3e-6
+
+
 def test_bias_correction_reaches_one_and_the_count_saturates():
     optimizer = untyped(adam_jax.scale_by_adam())
     last = jnp.iinfo(jnp.int32).max
