@@ -37,9 +37,11 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
 
 def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, u = moments
-    # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative.
+    # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative. The
+    # division comes last. A choice after it would keep compilers from fusing the product with the
+    # learning rate and the sum that follows, in some programs and not in others.
     still = u == 0
-    return jnp.where(still, 0, m * s.unbias_m / jnp.where(still, 1, u))
+    return jnp.where(still, 0, m * s.unbias_m) / jnp.where(still, 1, u)
 
 
 def _variant(

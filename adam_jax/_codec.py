@@ -340,8 +340,10 @@ def unit_of_mu(b1: Decay, b2: Decay, t: RealLeaf) -> Scalar:
     7.75 q is then the most that gradients can make of mu for b2 up to 0.999.
     """
     one_minus_b1 = jnp.maximum(b1.one_minus_b, 0.01)
-    noise = jnp.sqrt(one_minus_b1 / (2 - one_minus_b1))
-    return 8.4 * noise * bias_correction(b1, t) / jnp.sqrt(bias_correction(b2, t))
+    noise = one_minus_b1 / (2 - one_minus_b1)
+    # Not a quotient by a root: XLA may take it for a product with a reciprocal root, which is
+    # rounded otherwise, and it does in some programs and not in others.
+    return 8.4 * bias_correction(b1, t) * jnp.sqrt(noise / bias_correction(b2, t))
 
 
 def _rounded_up_or_down(place: RealLeaf, bits: int, noise: Words) -> Words:

@@ -91,16 +91,21 @@ def is_explicit(x: Any) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
-def resharded(x: Any, like: Any) -> Any:
-    """Returns an array sharded as another of its shape, over the explicit axes of their mesh.
+def other_sharding(x: Any, like: Any) -> NamedSharding | None:
+    """Returns how `like` is sharded over explicit axes, or None if x is sharded so too.
 
     Along these JAX wants to be told where operands meet that lie in different places. Along others
     its compiler decides.
     """
     sharding = jax.typeof(like).sharding
-    if not is_explicit(like) or jax.typeof(x).sharding.spec == sharding.spec:
-        return x
-    return reshard(x, sharding)
+    same = not is_explicit(like) or jax.typeof(x).sharding.spec == sharding.spec
+    return None if same else sharding
+
+
+def resharded(x: Any, like: Any) -> Any:
+    """Returns an array sharded as another of its shape, over the explicit axes of their mesh."""
+    sharding = other_sharding(x, like)
+    return x if sharding is None else reshard(x, sharding)
 
 
 def placed(x: Any, like: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, reshard
 from jax.typing import DTypeLike
 
 from adam_jax._codec import Codec, Moments, Rows, Stored, unit_of_mu
@@ -61,10 +62,11 @@ def scalars_of(
     return Scalars(jnp.stack([jnp.asarray(x, dtype) for x in leaves]), tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def leaf_step(
     algorithm: Algorithm,
     codec: Codec,
+    sharding: NamedSharding | None,
     gradient: Leaf,
     stored: Stored,
     scalars: Scalars,
@@ -73,7 +75,7 @@ def leaf_step(
     learning_rate: jax.Array | None,
     weight_decay: jax.Array | None,
 ) -> tuple[Leaf, Stored]:
-    """Returns one leaf's update and its new moments.
+    """Returns one leaf's update, sharded so unless as its moments, and its new moments.
 
     Jitted by itself: traced once per shape, and one call in eager use.
     """
@@ -94,11 +96,18 @@ def leaf_step(
         update = algorithm.direction(_saturated(gradient, codec), moments, s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(unit.dtype) * param.astype(wide)
+        if sharding is not None and update.dtype == gradient.dtype:
+            # Before the last product: a compiler may fuse that with the sum that the user makes of
+            # parameter and update, and then does so wherever moments lie.
+            update = reshard(update, sharding)
         if learning_rate is not None:
             # Last: a scalar made of rate and scale would save a multiplication and lose the range
             # of tiny moments, which underflow when they are multiplied by it.
             update = -learning_rate.astype(unit.dtype) * update
-    return update.astype(gradient.dtype), new._replace(rows=sealed)
+    update = update.astype(gradient.dtype)
+    if sharding is not None:
+        update = reshard(update, sharding)
+    return update, new._replace(rows=sealed)
 
 
 def _saturated(gradient: Leaf, codec: Codec) -> Leaf:

@@ -31,7 +31,7 @@ from adam_jax._checks import (
 )
 from adam_jax._codec import Codec, Stored, codec_of
 from adam_jax._rounding import draws
-from adam_jax._sharding import is_explicit, resharded
+from adam_jax._sharding import is_explicit, other_sharding, resharded
 from adam_jax._state import leaves_of, node_types, per_leaf, with_leaves
 from adam_jax._step import Algorithm, check_shard_map, leaf_step, scalars_of
 from adam_jax._storage import initial, storage_formats
@@ -73,8 +73,8 @@ def scale_by(variant: Variant) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
-        return _update(variant, updates, state)
+        del extra_args
+        return _update(variant, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -203,6 +203,7 @@ def _update(
             update, stored = leaf_step(
                 variant.algorithm,
                 codec,
+                other_sharding(stored.mu, param_leaves[i]),
                 resharded(gradient_leaves[i], stored.mu),
                 stored,
                 scalars,
@@ -211,7 +212,6 @@ def _update(
                 rates and rates[i],
                 decays and decays[i],
             )
-            update = resharded(update, param_leaves[i])
         updates.append(update)
         leaves.append(stored)
     new_state = with_leaves(state._replace(count=count), leaves, gradients, int8=int8)

@@ -184,6 +184,23 @@ def test_a_mesh_whose_axes_are_explicit(row, params_at, gradients_at):
     assert_placed(state, shardings)
 
 
+@pytest.mark.slow
+@pytest.mark.covering
+@each_layout
+@pytest.mark.parametrize("shape", [(3, 256), (5, 512), (256, 3, 64)], ids=str)
+@pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
+def test_numbers_are_those_of_one_device_with_the_usual_settings(row, mesh, shape):
+    """In which no product is exact: all programs must fuse and rewrite them in the same way."""
+    optimizer, dtype = row.make(), row.param_dtype
+    params, gradients = ({"w": short_tree({"w": shape}, dtype, seed)["w"]} for seed in (0, 1))
+    desired = three_steps(step_of(optimizer), params, optimizer.init(params), gradients)
+    params, gradients = jax.device_put((params, gradients), on(mesh))
+    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    step = step_of(optimizer, out_shardings=(shardings_of(params), shardings))
+    assert_same_bits(three_steps(step, params, state, gradients), desired)
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize(
     "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str
