@@ -113,6 +113,28 @@ def test_a_huge_float64_gradient_of_moments_in_fewer_bits(masters, nu_dtype, x64
         np.testing.assert_allclose(updates, -1e-3, rtol=0.1 if nu_dtype == "int8" else 0.01)
 
 
+@pytest.mark.parametrize("conjugated", [True, False])
+def test_gradients_of_jax_are_conjugated(conjugated):
+    """For complex parameters: only then the loss falls."""
+    target = jnp.array([1 + 2j, -1j, 3 + 0j], jnp.complex64)
+    optimizer = untyped(adam_jax.adam(0.05))
+
+    def step(at, _):
+        z, state = at
+        gradient = jax.grad(lambda z: jnp.sum(jnp.abs(z - target) ** 2))(z)
+        gradient = jnp.conj(gradient) if conjugated else gradient
+        updates, state = optimizer.update(gradient, state, z)
+        return (optax.apply_updates(z, updates), state), None
+
+    start = jnp.zeros(3, jnp.complex64)
+    (z, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=400)
+    distance = jnp.abs(untyped(z) - target)
+    if conjugated:
+        assert jnp.all(distance < 0.01)
+    else:
+        assert distance[0] > 1
+
+
 def test_a_huge_complex_gradient_saturates(x64):
     for dtype, huge in [("complex64", 3e38), ("complex128", 1e308)][: 1 + x64]:
         gradients = jnp.asarray([[1 + 1j], [huge * (1 - 1j)], [1 + 1j]], dtype)

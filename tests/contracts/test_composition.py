@@ -1,5 +1,7 @@
 """Inside and around optax's wrappers and chains; what is not finite."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,11 @@ import numpy as np
 import optax
 import pytest
 from contract import few_params_of, gradients_of, params_of, run, run_eagerly
-from optimizers import each_row
+from low_precision import each_remainder
+from optimizers import STORED_ROWS, each, each_row
 from trees import assert_close, random, untyped
+
+import adam_jax
 
 pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int8")]
 
@@ -25,6 +30,43 @@ def test_masked(row):
         {"t": gradients["trained"]}, alone.init({"t": params["trained"]}), {"t": params["trained"]}
     )
     chex.assert_trees_all_equal(updates["trained"], desired["t"])
+
+
+@each(STORED_ROWS)
+@pytest.mark.usefixtures("standard_promotion")
+def test_parts_that_do_not_train(row):
+    """As docs/settings.md freezes them: nothing moves them, and they take no memory."""
+    params = {"w": random((3, 4), row.param_dtype, 0), "frozen": random((5,), row.param_dtype, 1)}
+    gradients = gradients_of(params)
+    transforms: Any = {"train": row.make(), "freeze": optax.set_to_zero()}
+    optimizer = untyped(optax.multi_transform(transforms, {"w": "train", "frozen": "freeze"}))
+    alone = row.make()
+    state, own = optimizer.init(params), alone.init({"w": params["w"]})
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(own))
+    trained = dict(params)
+    for _ in range(2):
+        updates, state = optimizer.update(gradients, state, trained)
+        desired, own = alone.update({"w": gradients["w"]}, own, {"w": trained["w"]})
+        chex.assert_trees_all_equal(updates["w"], desired["w"])
+        trained = untyped(optax.apply_updates(trained, updates))
+    chex.assert_trees_all_equal(trained["frozen"], params["frozen"])
+
+
+@each_remainder
+@pytest.mark.usefixtures("standard_promotion")
+def test_parts_that_do_not_train_inside_master_weights(remainder):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params_of())
+    gradients = gradients_of(params)
+    labels = jax.tree.map(lambda _: "freeze", params) | {"kernel": "train"}
+    transforms: Any = {"train": adam_jax.adamw(0.1), "freeze": optax.set_to_zero()}
+    inside = optax.multi_transform(transforms, labels)
+    optimizer = adam_jax.master_weights(inside, remainder)
+    state, moved = optimizer.init(params), params
+    for _ in range(3):
+        updates, state = optimizer.update(gradients, state, moved)
+        moved = untyped(optax.apply_updates(moved, updates))
+    assert np.all(moved["kernel"] != params["kernel"])
+    chex.assert_trees_all_equal(moved | {"kernel": None}, params | {"kernel": None})
 
 
 @each_row

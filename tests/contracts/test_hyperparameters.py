@@ -10,6 +10,8 @@ from contract import few_params_of, gradients_of, run, run_eagerly
 from optimizers import each_row
 from trees import assert_close, random, untyped
 
+import adam_jax
+
 pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int8")]
 
 
@@ -171,3 +173,17 @@ def test_derivatives_by_hyperparameters(row, x64):
         )
         np.testing.assert_allclose(derivatives, differences, rtol=2e-5, atol=1e-9)
     assert np.isfinite(jax.grad(final, argnums=(0, 1))(0.0, 0.5)).all()
+
+
+def test_a_mask_that_is_a_function_under_inject_hyperparams():
+    """With `static_args`, without which optax takes it for a schedule."""
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    injected = optax.inject_hyperparams(adam_jax.adamw, static_args="mask")
+    optimizer = injected(0.1, weight_decay=0.5, mask=mask)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    updates = untyped(updates)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    assert not updates["bias"].any()
