@@ -132,8 +132,8 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
     [weight] = jax.tree.leaves(found.weight)  # which Flax may have put into a box
 
     def read(param: Any, average: Any) -> Any:
-        has_none = not jax.tree.leaves(average)  # None or `optax.MaskedNode`
-        return param if has_none else placed(_read_leaf(param, average, weight), param)
+        averages = jax.tree.leaves(average)  # none where it is None or a `MaskedNode`
+        return placed(_read_leaf(param, averages[0], weight), param) if averages else param
 
     leaves, tree = jax.tree.flatten(params)
     averages = leaves_beside(params, found.average, "state.average")

@@ -197,7 +197,7 @@ def _another_format(name: str, dtype: Any, requested: str | None, path: str) -> 
 def check_param(
     path: Callable[[], KeyPath], leaf: Any, param: Any, *, what: str = "gradient"
 ) -> None:
-    """Checks that a gradient leaf, or what it is, and a parameter belong to each other."""
+    """Checks that a gradient leaf, or a leaf of what else, and a parameter belong together."""
     _check_inexact(what, path, leaf)
     if np.shape(leaf) != np.shape(param):
         raise ValueError(

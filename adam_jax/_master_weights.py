@@ -29,6 +29,7 @@ from adam_jax._rounding import Draw, draws, join, split
 from adam_jax._sharding import placed, resharded
 from adam_jax._state import (
     WITH_MOMENTS,
+    gathered,
     leaves_beside,
     map_states,
     only_state,
@@ -36,7 +37,7 @@ from adam_jax._state import (
     unaliased,
     unboxed,
 )
-from adam_jax._types import Leaf, RealLeaf, Words, is_low, is_none
+from adam_jax._types import Leaf, RealLeaf, Words, is_low, is_masked, is_none
 
 _NOTHING = "none"
 _ROUNDED = (_NOTHING, "int8")  # stochastically, at each step
@@ -256,7 +257,7 @@ def weights_of(params: optax.Params, state: Any) -> optax.Params:
     leaves, tree = jax.tree.flatten(params)
     for found in states_of(MasterWeightsState, state):
         leaves = [
-            p if _is_masked(r) else master_leaf(p, r)
+            p if is_masked(r) else master_leaf(p, r)
             for p, r in zip(leaves, _remainder_leaves(found, params), strict=True)
         ]
     return tree.unflatten(leaves)
@@ -300,12 +301,12 @@ def load_master_params(
         Array([ 0.1, -0.7], dtype=float32)
     """
     old = only_state(MasterWeightsState, "master_weights", state)
-    weights = leaves_beside(params, master, "master")
+    weights = leaves_beside(params, unboxed(master), "master")
     likes, tree = jax.tree.flatten(params)
     loaded, remainders = [], []
     for i, (w, p, r) in enumerate(zip(weights, likes, _remainder_leaves(old, params), strict=True)):
         check_param(functools.partial(leaf_path, params, i), w, p, what="weight")
-        if is_low(p) and not _is_masked(r):
+        if is_low(p) and not is_masked(r):
             w = _quiet(jnp.asarray(placed(w, p), jnp.float32))
             p, new = _split_leaf(placed(w, p), p.dtype, None if r is None else r.dtype)
             r = placed(new, r)
@@ -333,12 +334,13 @@ def remainders_of_group(params: optax.Params, state: MasterWeightsState, remaind
     box = jax.tree.structure(state.count)
 
     def zeros(param: Any, like: Any) -> Any:
-        if is_low(param) or _is_masked(like):
+        if is_low(param) or is_masked(like):
             return jax.tree.map(lambda x: placed(jnp.zeros_like(param, dtype), x), like)
         return box.unflatten([jnp.zeros((), dtype)])
 
     leaves, tree = jax.tree.flatten(unboxed(params))
-    return tree.unflatten(map(zeros, leaves, _likes(state, params)))
+    of_leaves = tree.unflatten(map(zeros, leaves, _likes(state, params)))
+    return gathered(of_leaves, [x for _, x in _trees(state, params)])
 
 
 def no_remainders(params: optax.Params, remainder: str) -> Any:
@@ -360,7 +362,7 @@ def _remainder_leaves(state: MasterWeightsState, params: optax.Params) -> list[A
     Of a parameter in a group that has no `master_weights` it is an `optax.MaskedNode`.
     """
     stored = bool(jax.tree.leaves(state.remainder))
-    return [unboxed(x) if stored or _is_masked(x) else None for x in _likes(state, params)]
+    return [unboxed(x) if stored or is_masked(x) else None for x in _likes(state, params)]
 
 
 def _likes(state: MasterWeightsState, params: optax.Params) -> list[Any]:
@@ -368,21 +370,19 @@ def _likes(state: MasterWeightsState, params: optax.Params) -> list[Any]:
 
     An `optax.MaskedNode` where it has neither, and parameters where it has none of either.
     """
-    plain = unboxed(params)
-    tree = jax.tree.structure(plain)
-    named = [("state.remainder", state.remainder)]
-    if not jax.tree.leaves(state.remainder):
-        found = states_of(WITH_MOMENTS, state.inner_state)
-        named = [("state.mu", x.mu) for x in found] or [("params", params)]
-    columns = [flatten_up_to(tree, plain, x, name, of="parameters") for name, x in named]
+    columns = [leaves_beside(params, x, name) for name, x in _trees(state, params)]
     return [
-        next((x for x in column if not _is_masked(x)), optax.MaskedNode())
+        next((x for x in column if not is_masked(x)), optax.MaskedNode())
         for column in zip(*columns, strict=True)
     ]
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+def _trees(state: MasterWeightsState, params: optax.Params) -> list[tuple[str, Any]]:
+    """Returns the trees of the state that are like the parameters, or these themselves."""
+    if jax.tree.leaves(state.remainder):
+        return [("state.remainder", state.remainder)]
+    found = states_of(WITH_MOMENTS, state.inner_state)
+    return [("state.mu", x.mu) for x in found] or [("params", params)]
 
 
 def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:

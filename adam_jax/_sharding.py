@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from adam_jax._checks import keystr
+from adam_jax._types import is_masked
 
 
 def state_shardings(
@@ -64,7 +65,7 @@ def state_shardings(
         raise ValueError(f"axis must be one of the mesh's {mesh.axis_names}, got {axis!r}.")
 
     def of_leaf(leaf: Any, param: Any) -> Any:
-        if isinstance(leaf, optax.MaskedNode):
+        if is_masked(leaf):
             return leaf
         parts = [None] * leaf.ndim
         if leaf.ndim == param.ndim:
@@ -82,7 +83,7 @@ def state_shardings(
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        is_leaf=is_masked,
     )
 
 
@@ -113,12 +114,9 @@ def placed(x: Any, like: Any) -> Any:
     if isinstance(like, Tracer):
         return resharded(x, like)
     sharding = getattr(like, "sharding", None)
-    # What nobody has put anywhere is free to be used beside arrays on any device.
-    return (
-        x
-        if sharding is None or not getattr(like, "committed", True)
-        else jax.device_put(x, sharding)
-    )
+    if sharding is None or not getattr(like, "committed", True):
+        return x  # what nobody has put anywhere may be used beside arrays on any device
+    return jax.device_put(x, sharding)
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:

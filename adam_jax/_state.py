@@ -10,7 +10,7 @@ import optax
 from adam_jax._checks import flatten_up_to, keystr, leaf_path
 from adam_jax._codec import Rows, Stored
 from adam_jax._storage import Int8Moment
-from adam_jax._types import is_none
+from adam_jax._types import is_masked, is_none
 
 T = TypeVar("T")
 WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
@@ -158,12 +158,41 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
 
 
 def leaves_beside(params: Any, tree: Any, name: str) -> list[Any]:
-    """Returns what a tree has for each parameter, both without boxes.
+    """Returns what a tree has for each parameter: an array, perhaps in a box, or a `MaskedNode`.
 
     Raises ValueError, naming the path, where the trees have different structures.
     """
     plain = unboxed(params)
-    return flatten_up_to(jax.tree.structure(plain), plain, unboxed(tree), name, of="parameters")
+    spread = _spread(tree, plain)
+    return flatten_up_to(jax.tree.structure(plain), plain, spread, name, of="parameters")
+
+
+def _spread(tree: Any, like: Any) -> Any:
+    """Returns a tree with a `MaskedNode` for each leaf of a subtree that is left out as a whole."""
+    if is_masked(tree):
+        return jax.tree.map(lambda _: tree, like)
+    children, node = _opened(tree)
+    like_children, like_node = _opened(like)
+    if node != like_node or jax.tree_util.treedef_is_leaf(node):
+        return tree
+    return node.unflatten(map(_spread, children, like_children))
+
+
+def gathered(tree: Any, like: list[Any]) -> Any:
+    """Returns a tree with a `MaskedNode` for each subtree that has one in all of these trees."""
+    if all(map(is_masked, like)):
+        return like[0]
+    children, node = _opened(tree)
+    opened = [_opened(x) for x in like if not is_masked(x)]
+    if jax.tree_util.treedef_is_leaf(node) or any(x != node for _, x in opened):
+        return tree
+    columns = zip(children, *(x for x, _ in opened), strict=True)
+    return node.unflatten([gathered(child, list(column)) for child, *column in columns])
+
+
+def _opened(tree: Any) -> tuple[list[Any], Any]:
+    """Returns the children of a node, and what puts them together again."""
+    return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
 
 
 def unboxed(tree: Any, keep: Callable[[Any], bool] = lambda leaf: False) -> Any:
@@ -174,7 +203,7 @@ def unboxed(tree: Any, keep: Callable[[Any], bool] = lambda leaf: False) -> Any:
     sharded as the parameter. A box is a node with a leaf alone in it, which is no container of
     Python's. Those of leaves to `keep` stay.
     """
-    children, node = jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+    children, node = _opened(tree)
     if jax.tree_util.treedef_is_leaf(node):
         return tree
     is_box = len(children) == 1 and not isinstance(tree, list | tuple | Mapping)

@@ -75,7 +75,7 @@ def leaf_step(
     learning_rate: jax.Array | None,
     weight_decay: jax.Array | None,
 ) -> tuple[Leaf, Stored]:
-    """Returns one leaf's update, sharded so unless as its moments, and its new moments.
+    """Returns one leaf's update, sharded as its moments or as `sharding` says, and new moments.
 
     Jitted by itself: traced once per shape, and one call in eager use.
     """

@@ -18,6 +18,7 @@ from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import draws
 from adam_jax._state import WITH_MOMENTS, leaves_of, states_with_moments, with_leaves
 from adam_jax._storage import Int8Moment
+from adam_jax._types import is_masked
 
 Arrays = dict[str, jax.Array]
 ToParams = Callable[[Arrays], optax.Params]
@@ -194,10 +195,10 @@ def to_torch(
         """By torch's names, what each state has for the leaves that are its own."""
         parts = [
             jax.tree.map(
-                lambda leaf, zero: zero if _is_masked(leaf) else np.asarray(leaf),
+                lambda leaf, zero: zero if is_masked(leaf) else np.asarray(leaf),
                 tree_of(x),
                 zeros,
-                is_leaf=_is_masked,
+                is_leaf=is_masked,
             )
             for x in states
         ]
@@ -340,7 +341,7 @@ def _fields(state: Any) -> list[str]:
 
 def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
     """A state with these numbers in its formats, and the one count that its leaves have."""
-    paths, treedef = jax.tree.flatten_with_path(state.mu, is_leaf=_is_masked)
+    paths, treedef = jax.tree.flatten_with_path(state.mu, is_leaf=is_masked)
 
     def leaves(tree: Any) -> list[Any]:
         try:
@@ -352,7 +353,7 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
 
     steps = {}
     for (path, leaf), count in zip(paths, leaves(counts), strict=True):
-        if not _is_masked(leaf):
+        if not is_masked(leaf):
             # One parameter here may be made of several of torch's. Without a step they fit any.
             steps |= {int(step): path for step in np.unique(count) if step}
     if len(steps) > 1:
@@ -362,13 +363,13 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
             "an optimizer each, with optax.multi_transform."
         )
 
-    stored = leaves_of(state, state.mu, _is_masked)
+    stored = leaves_of(state, state.mu, is_masked)
     new = zip(*(leaves(trees[field]) for field in _fields(state)), strict=True)
     count = _count(max(steps, default=0))
     filled = []
     drawn = draws(len(paths), count)
     for (path, _), like, numbers, draw in zip(paths, stored, new, drawn, strict=True):
-        if not _is_masked(like.mu):
+        if not is_masked(like.mu):
             for field, x in zip(_fields(state), numbers, strict=True):
                 if np.shape(x) != like.mu.shape:
                     raise ValueError(
@@ -381,11 +382,7 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
         filled.append(like)
     int8 = isinstance(state.nu, Int8Moment)
     state = state._replace(count=count)
-    return with_leaves(state, filled, state.mu, int8=int8, is_leaf=_is_masked)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+    return with_leaves(state, filled, state.mu, int8=int8, is_leaf=is_masked)
 
 
 def _is_count(x: Any) -> bool:

@@ -44,3 +44,8 @@ def is_low(leaf: Any) -> bool:
 def is_none(x: Any) -> bool:
     """Whether x is None, for trees in which None is a leaf."""
     return x is None
+
+
+def is_masked(x: Any) -> bool:
+    """Whether optax has left out a leaf or a subtree here: it belongs to another group."""
+    return isinstance(x, optax.MaskedNode)

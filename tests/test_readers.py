@@ -70,8 +70,10 @@ def test_donating_what_is_returned_deletes_nothing_that_was_given(name, started)
 
 
 def groups(remainder):
+    """The label of a subtree is one for all of it, and optax leaves it out as a whole."""
     return optax.multi_transform(
-        {"low": make(remainder), "plain": adam_jax.adam(1e-3)}, {"a": "low", "b": "plain"}
+        {"low": make(remainder), "plain": adam_jax.adam(1e-3)},
+        {"a": "low", "b": {"c": "plain", "d": "low"}},
     )
 
 
@@ -81,18 +83,24 @@ def groups(remainder):
 @pytest.mark.parametrize("old", REMAINDERS)
 def test_a_group_of_parameters(old, new, dtype):
     """Those of another group are left alone, and `optax.MaskedNode` stays where it is."""
-    params = {"a": jnp.ones((4, 4), jnp.bfloat16), "b": jnp.ones(4, dtype)}
-    weights = {"a": jnp.full((4, 4), 0.1), "b": jnp.full(4, 0.1)}
+
+    def tree(low, other) -> Any:
+        c = {"kernel": jnp.full((2, 3), *other), "bias": [jnp.full(4, *other)]}
+        return {"a": jnp.full((4, 4), *low), "b": {"c": c, "d": jnp.full(2, *low)}}
+
+    params, weights = tree((1, "bfloat16"), (1, dtype)), tree((0.1,), (0.1,))
     optimizer = untyped(groups(old))
     _, state = optimizer.update(params, optimizer.init(params), params)
     loaded, loaded_state = untyped(load_master_params(weights, params, state))
     assert structures((loaded, loaded_state)) == structures((params, state))
-    np.testing.assert_array_equal(loaded["b"], weights["b"].astype(dtype))
+    rounded = jax.tree.map(lambda w: w.astype(dtype), weights["b"]["c"])
+    chex.assert_trees_all_equal(loaded["b"]["c"], rounded)
     read = untyped(master_params(loaded, loaded_state))
     bits = {"none": 8, "int8": 16}.get(old, 24)
-    np.testing.assert_allclose(read["a"], weights["a"], rtol=2.0**-bits)
-    assert read["a"].dtype == jnp.float32
-    assert read["b"].dtype == dtype
+    for found, desired in [(read["a"], weights["a"]), (read["b"]["d"], weights["b"]["d"])]:
+        np.testing.assert_allclose(found, desired, rtol=2.0**-bits)
+        assert found.dtype == jnp.float32
+    chex.assert_trees_all_equal(read["b"]["c"], rounded)
     moved, moved_state = convert_remainder(loaded, loaded_state, new)
     assert structures(moved_state) == structures(groups(new).init(params))
     bits = min(bits, {"none": 8, "int8": 16}.get(new, 24))
@@ -101,7 +109,11 @@ def test_a_group_of_parameters(old, new, dtype):
     groups(new).update(params, moved_state, moved)
     average = untyped(averaged_params(loaded, loaded_state))
     assert average["a"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(average["b"], loaded["b"])
+    chex.assert_trees_all_equal(average["b"]["c"], rounded)
+    statistics = adam_jax.step_statistics(params, loaded_state, params)
+    assert {"update_rms/b/c/kernel", "remainder_use/b/d"} - {*statistics} <= (
+        {"remainder_use/b/d"} if old == "none" else set()
+    )
 
 
 def test_a_format_for_each_group():
