@@ -46,8 +46,8 @@ def state_shardings(
 
     Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
-        >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
-        >>> mesh = Mesh(jax.devices()[:1], ("data",))
+        >>> from jax.sharding import NamedSharding, PartitionSpec
+        >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
         >>> replicated = NamedSharding(mesh, PartitionSpec())
         >>> params = jax.device_put(jnp.ones((256, 128)), replicated)
         >>> optimizer = adam_jax.adam(1e-3, mu_dtype="int8", nu_dtype="int8")
