@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import tree_leaves_with_path
 from jax.typing import DTypeLike
 
 from adam_jax._checks import (
@@ -305,7 +306,7 @@ def load_master_params(
     likes, tree = jax.tree.flatten(params)
     loaded, remainders = [], []
     for i, (w, p, r) in enumerate(zip(weights, likes, _remainder_leaves(old, params), strict=True)):
-        check_param(functools.partial(leaf_path, params, i), w, p, what="weight")
+        check_param(lambda i=i: tree_leaves_with_path(params)[i][0], w, p, what="weight")
         if is_low(p) and not is_masked(r):
             w = _quiet(jnp.asarray(placed(w, p), jnp.float32))
             p, new = _split_leaf(placed(w, p), p.dtype, None if r is None else r.dtype)

@@ -266,7 +266,7 @@ def test_loading_leaves_wide_and_missing_leaves_and_the_rest_of_the_state_alone(
 
 
 def test_weights_that_do_not_fit_their_parameters():
-    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "wide": jnp.ones(3)}
+    params = {"none": None, "w": jnp.ones((2, 3), jnp.bfloat16), "wide": jnp.ones(3)}
     state = master_weights(adam_jax.adam(0.1), "int8").init(params)
     for name, wrong, error, message in [
         ("w", jnp.ones((3, 2)), ValueError, r"weight \['w'\] has shape \(3, 2\), .* \(2, 3\)"),
