@@ -15,7 +15,7 @@ from adam_jax._master_weights import weights_of
 from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
 from adam_jax._sharding import placed, resharded
-from adam_jax._state import leaves_beside, only_state, states_of, unaliased
+from adam_jax._state import applied, leaves_beside, only_state, states_of, unaliased
 from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
 
@@ -95,13 +95,7 @@ def average_params(
             )
         check_state(AverageParamsState, state)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        new_params = jax.tree.map(
-            lambda p, u: p if u is None else optax.apply_updates(p, u),
-            params,
-            updates,
-            is_leaf=is_none,
-        )
-        new = _averaged(state, weights_of(new_params, inner_state), b)
+        new = _averaged(state, weights_of(applied(params, updates), inner_state), b)
         stepped = _steps_made(state.inner_state, inner_state, updates)
         if stepped is not None:
             new = jax.tree.map(

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from adam_jax._checks import check_state, keystr
-from adam_jax._types import RealLeaf, is_low, is_none
+from adam_jax._state import applied
+from adam_jax._types import RealLeaf, is_low
 
 
 class CheckLandingState(NamedTuple):
@@ -95,14 +96,8 @@ def check_landing(inner: optax.GradientTransformation) -> optax.GradientTransfor
         landed = ~state.known | (_sums(params) == state.sums)
         jax.debug.callback(functools.partial(_raise_unless, paths), landed)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        new_params = jax.tree.map(
-            lambda p, u: p if u is None else optax.apply_updates(p, u),
-            params,
-            updates,
-            is_leaf=is_none,
-        )
         return updates, CheckLandingState(
-            _sums(new_params), jnp.ones_like(state.known), inner_state
+            _sums(applied(params, updates)), jnp.ones_like(state.known), inner_state
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -309,7 +309,7 @@ def load_master_params(
         check_param(lambda i=i: tree_leaves_with_path(params)[i][0], w, p, what="weight")
         if is_low(p) and not is_masked(r):
             w = _quiet(jnp.asarray(placed(w, p), jnp.float32))
-            p, new = _split_leaf(placed(w, p), p.dtype, None if r is None else r.dtype)
+            p, new = _split_leaf(w, p.dtype, None if r is None else r.dtype)
             r = placed(new, r)
         else:
             p = placed(jnp.asarray(w, p.dtype), p)

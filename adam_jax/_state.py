@@ -65,6 +65,16 @@ def map_states(
     return jax.tree.map(lambda x: function(x) if is_kind(x) else x, state, is_leaf=is_kind)
 
 
+def applied(params: Any, updates: Any) -> Any:
+    """Returns parameters with their updates added; those whose update is None stay as they are."""
+    return jax.tree.map(
+        lambda p, u: p if u is None else optax.apply_updates(p, u),
+        params,
+        updates,
+        is_leaf=is_none,
+    )
+
+
 def unaliased(result: T, *given: Any) -> T:
     """Returns a result with copies of the arrays in it that were given.
 

@@ -178,7 +178,7 @@ def test_float32_weights_are_averaged(remainder, dtype, order):
     for name in start:
         assert average[name].dtype == jnp.float32
         desired = np.tensordot(shares, np.asarray(weights[name], np.float64), 1)
-        # Inside, what is averaged has not been rounded yet to the bits that are kept.
+        # Inside, weights are averaged before they are rounded to the bits that are kept.
         ulp = float(jnp.finfo(dtype).eps) * {"none": 1, "int8": 2.0**-8}.get(remainder, 0)
         exact = name == "wide" or order == "outside"
         np.testing.assert_allclose(average[name], desired, atol=2e-6 + (0 if exact else ulp))

@@ -393,20 +393,16 @@ def test_optimizers_that_keep_weights_in_their_state(name):
     optimizer = master_weights(inner, "int16")
     params, state = load_master_params(weights, low, optimizer.init(low))
     state = state._replace(inner_state=inner.init(weights))
-    step = lambda at, g: (take(optimizer, at, g), None)  # noqa: E731
-    (params, state), _ = jax.lax.scan(step, (params, state), gradients)
+    step = step_of(optimizer)
+    (params, state), _ = jax.lax.scan(
+        lambda at, g: (step(*at, g), None), (params, state), gradients
+    )
     way = jax.tree.map(lambda a, b: jnp.linalg.norm(a - b), desired, weights)["kernel"]
     error = jax.tree.map(
         lambda a, b: jnp.linalg.norm(a - b), untyped(master_params(params, state)), desired
     )["kernel"]
     assert way > 0
     assert error < 1e-3 * way
-
-
-def take(optimizer, at, gradients):
-    params, state = at
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state
 
 
 @each_remainder
