@@ -205,8 +205,9 @@ def master_weights(
         steps = flatten_up_to(tree, updates, steps, "the inner optimizer's updates")
         count = jnp.asarray(optax.safe_increment(state.count))
         drawn = draws(len(steps), ~count)  # moments draw with the count
+        positions = extra_args.get("positions", ())
         outcome = [
-            (u, r) if u is None or not is_low(p) else _step_leaf(u, p, w, r, draw)
+            (u, r) if u is None or not is_low(p) else _step_leaf(u, p, w, r, draw.at(positions, p))
             for u, p, w, r, draw in zip(steps, old_params, masters, remainders, drawn, strict=True)
         ]
         return tree.unflatten([u for u, _ in outcome]), MasterWeightsState(

@@ -8,16 +8,18 @@ on every backend, under every sharding, in jit and out of it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from adam_jax._types import Leaf, RealLeaf, Word, Words
 
+Positions = Integer[Array, " n"]  # along a leaf's first axis
 Remainder = Int[Array, "*leaf"]  # what a 16-bit number lacks, in fractions of its ulp
 
 _TURN = np.uint32(0x9E37278E)  # 2^16 / golden ratio in its upper half, 2^14 / golden ratio below
@@ -28,9 +30,19 @@ class Draw(NamedTuple):
     """Which random bits a leaf takes at a step: words of shape ()."""
 
     key: Word  # of the leaf
-    turn: Word  # this and the rest are the same for all leaves
+    turn: Word  # this, factor and offset are the same for all leaves
     factor: Word
     offset: Word
+    positions: Positions | None = None  # of a leaf along the first axis of a larger one, if any
+
+    def at(self, positions: Sequence[Positions], leaf: Any) -> Draw:
+        """Returns what a leaf draws that is a part of a larger one: of some layers or rows of it.
+
+        `positions` has a vector with their places along the first axis, which is as long as the
+        leaf; without one, the leaf is whole.
+        """
+        length = np.shape(leaf)[:1]
+        return self._replace(positions=next((x for x in positions if x.shape == length), None))
 
     def in_turn(self, shape: tuple[int, ...]) -> Words:
         """Returns random words whose 16-bit halves turn by the golden ratio at each step.
@@ -40,11 +52,11 @@ class Draw(NamedTuple):
         with periodic gradients. So every 32 steps they start anew, in a random place and a random
         direction.
         """
-        return random_bits(shape, self.key) + self.turn
+        return random_bits(shape, self.key, self.positions) + self.turn
 
     def independent(self, shape: tuple[int, ...]) -> Words:
         """Returns random words that are independent of those of other steps."""
-        return random_bits(shape, self.key) * self.factor + self.offset
+        return random_bits(shape, self.key, self.positions) * self.factor + self.offset
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -81,16 +93,20 @@ def key_of_leaf(leaf: Any) -> Any:
     return mix(mix(leaf + np.uint32(1)))
 
 
-def random_bits(shape: tuple[int, ...], key: Word) -> Words:
+def random_bits(shape: tuple[int, ...], key: Word, positions: Positions | None = None) -> Words:
     """Hashes a key and coordinates to 32 random bits for each element.
 
     Coordinates enter as the element's index in row-major order, modulo 2^32. The key is xored to
-    it: added, it would only shift the same sequence.
+    it: added, it would only shift the same sequence. `positions` are the coordinates along the
+    first axis; without them, all.
     """
     with jax.numpy_rank_promotion("allow"):
         index = jnp.zeros(shape, jnp.uint32)
         for axis, size in enumerate(shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            if axis == 0 and positions is not None:
+                along = jax.lax.broadcast_in_dim(positions.astype(jnp.uint32), shape, (0,))
+            else:
+                along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             index = index * np.uint32(size % 2**32) + along
         return mix(index ^ key)
 

@@ -91,8 +91,13 @@ def stored_dtype(
 
 
 def stores(moment: Any, format: str | None, *, code: DTypeLike) -> bool:
-    """Whether a moment is stored as this format has it."""
+    """Whether a moment is stored as this format has it.
+
+    Codes may be those of a few rows, or of one layer, of a leaf that is large enough.
+    """
     dtype = moment.dtype
+    if format == "int8" and dtype == code:
+        return True
     if format is None:
         return arithmetic_dtype(dtype) == dtype if jnp.issubdtype(dtype, jnp.inexact) else False
     return dtype == stored_dtype(format, moment.shape, dtype, code=code)

@@ -73,8 +73,7 @@ def scale_by(variant: Variant) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
-        return _update(variant, updates, state, params)
+        return _update(variant, updates, state, params, positions=extra_args.get("positions", ()))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -117,7 +116,6 @@ def descend(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[Any, ...]]:
-        del extra_args
         types = node_types(updates)
         check_states((variant.state, *counts(types)), state)
         direction_state, *decay_states, rate_state = state
@@ -136,7 +134,10 @@ def descend(
                 masked = per_leaf("mask", tree, updates)
                 check_mask(functools.partial(leaf_path, updates), masked)
                 decays = [x if yes else None for x, yes in zip(decays, masked, strict=True)]
-        updates, direction_state = _update(variant, updates, direction_state, params, rates, decays)
+        positions = extra_args.get("positions", ())
+        updates, direction_state = _update(
+            variant, updates, direction_state, params, rates, decays, positions
+        )
         # The other states hold nothing but the counts of their schedules.
         next_counts = jax.tree.map(optax.safe_increment, (*decay_states, rate_state))
         return updates, (direction_state, *next_counts)
@@ -167,8 +168,12 @@ def _update(
     params: optax.Params | None = None,
     rates: Sequence[Any] | None = None,
     decays: Sequence[Any] | None = None,
+    positions: Sequence[Any] = (),
 ) -> tuple[optax.Updates, Any]:
-    """One step on every leaf; a leaf whose gradient is None keeps its moments as they are."""
+    """One step on every leaf; a leaf whose gradient is None keeps its moments as they are.
+
+    `positions` are those of `Draw.at`.
+    """
     check_state(variant.state, state)
     mu_int8, nu_int8 = _has_int8(variant.mu_dtype), _has_int8(variant.nu_dtype)
     int8 = mu_int8 or nu_int8
@@ -207,7 +212,7 @@ def _update(
                 resharded(gradient_leaves[i], stored.mu),
                 stored,
                 scalars,
-                drawn[i] if codec.random else None,
+                drawn[i].at(positions, gradient_leaves[i]) if codec.random else None,
                 decays and resharded(param_leaves[i], stored.mu),
                 rates and rates[i],
                 decays and decays[i],
