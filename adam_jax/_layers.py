@@ -1,37 +1,55 @@
-"""What an optimizer does to one layer of leaves that are stacked over layers.
+"""The update of one layer of parameters that are stacked over layers, for any optimizer.
 
-The update of a whole tree is traced to a jaxpr, once with all layers and once with one of them, and
-dead code is eliminated for the leaves of a stack. So any optimizer will do whose layers and leaves
-do not depend on each other, which is determined from the jaxprs.
+The update of the whole tree is traced twice: with all layers, and with one layer of each stack. The
+first tells which leaves depend on each other, and the second, with everything eliminated that a
+stack does not need, is the update of a layer. It is the same as that of the whole tree if both
+traces consist of the same operations and none of these mixes layers.
 """
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import partial_eval
 
+from adam_jax._checks import keystr
+
+_REMEDY = (
+    "Gradient release never has all gradients at once. Clip each layer by itself with "
+    "adam_jax.per_layer, or by the norm of all gradients with adam_jax.clip_by_global_norm; for "
+    "anything else take the plain step."
+)
+
 
 class Group(NamedTuple):
-    """Leaves that are updated together, by their places in parameters and state."""
+    """Leaves that are updated together, by their places in the trees of parameters and state."""
 
     params: list[int]
     state: list[int]
 
 
-class Update:
-    """`update` and `apply_updates` of an optimizer, for parts of the leaves.
+class Part(NamedTuple):
+    """Leaves of a group: gradients, parameters or state, in its order."""
+
+    params: list[Any]
+    state: list[Any]
+
+
+class Updates:
+    """What an optimizer does to parameters and state, leaf by leaf and layer by layer.
 
     Attributes:
-        groups: for each parameter, the leaves that its update depends on.
-        shared: the places in the state of what depends on no leaf, such as the count.
+        shared: the places in the state of what depends on no gradient, such as the count.
+        needs_norm: whether the optimizer wants to know the norm of all gradients.
     """
 
     def __init__(
@@ -42,92 +60,197 @@ class Update:
         stacked: Sequence[bool],
     ):
         self._optimizer = optax.with_extra_args_support(optimizer)
-        param_leaves, self._params_tree = jax.tree.flatten(params)
-        state_leaves, self._state_tree = jax.tree.flatten(state)
-        self._size = len(param_leaves)
-        self._whole = self._traced(param_leaves, state_leaves, stacked)
-        self._one = self._whole
-        param_sources, state_sources = self._sources()
-        candidates = _shared(state_sources, self._size)
-        self.groups = _groups(param_sources, state_sources, candidates)
-        self.shared = []
-        for j in candidates:
-            bit = 1 << self._size + j
-            users = [
-                group
-                for group in {id(g): g for g in self.groups}.values()
-                if any(param_sources[i] & bit for i in group.params)
-                or any(state_sources[k] & bit for k in group.state)
-            ]
-            shape = state_leaves[j].shape
-            if len(users) == 1 and shape and shape[:1] == param_leaves[users[0].params[0]].shape[:1]:
-                users[0].state.append(j)
-            else:
-                self.shared.append(j)
-        of_stacks = {j for i, yes in enumerate(stacked) if yes for j in self.groups[i].state}
-        self._one = self._traced(
-            [_one_layer(x) if yes else x for x, yes in zip(param_leaves, stacked, strict=True)],
-            [_one_layer(x) if j in of_stacks else x for j, x in enumerate(state_leaves)],
-            stacked,
+        self._params, self._params_tree = jax.tree.flatten(params)
+        self._state, self._state_tree = jax.tree.flatten(state)
+        self._stacked = stacked
+        self._lengths = sorted({self._params[i].shape[0] for i in self._stacks()})
+        self._paths, self._state_paths = (
+            [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+            for tree in (params, state)
+        )
+        self._whole = self._traced(self._params, self._state)
+        self._groups, self.shared, self.needs_norm = self._dependences()
+        layered = {j for i in self._stacks() for j in self._groups[i].state}
+        one_layer = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)  # noqa: E731
+        params_of_one = [
+            one_layer(x) if yes else x for x, yes in zip(self._params, stacked, strict=True)
+        ]
+        state_of_one = [one_layer(x) if j in layered else x for j, x in enumerate(self._state)]
+        try:
+            self._one = self._traced(params_of_one, state_of_one)
+        except Exception as error:
+            raise ValueError(
+                f"the optimizer cannot update one layer alone: {error} {_REMEDY}"
+            ) from error
+        for i in self._stacks():
+            self._check_layers(i)
+
+    def group(self, params: Sequence[int]) -> Group:
+        """Returns these parameters with what the state has of them.
+
+        Raises ValueError if other parameters would have to be updated with them.
+        """
+        for i in params:
+            for other in self._groups[i].params:
+                if other not in params:
+                    raise self._coupled(i, other)
+        return Group(list(params), sorted({j for i in params for j in self._groups[i].state}))
+
+    def of_rest(
+        self, group: Group, gradients: list[Any], norm: Any
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """Returns new parameters and state of leaves that are not stacked, and what is shared."""
+        params = [self._params[i] for i in group.params]
+        state = [self._state[j] for j in group.state]
+        run = self._part(self._whole, group, self.shared)
+        size = len(group.state)
+        params, state = run(gradients, params, state, norm, list(map(jnp.arange, self._lengths)))
+        return params, state[:size], state[size:]
+
+    def of_layer(self, group: Group, norm: Any) -> Callable[..., tuple[list[Any], list[Any]]]:
+        """Returns a function of one layer's gradients, parameters, state and place."""
+        run = self._part(self._one, group, [])
+
+        def of_layer(
+            gradients: list[Any], params: list[Any], state: list[Any], place: jax.Array
+        ) -> tuple[list[Any], list[Any]]:
+            return run(gradients, params, state, norm, [place[None]])
+
+        return of_layer
+
+    def _traced(self, params: Sequence[Any], state: Sequence[Any]) -> ClosedJaxpr:
+        """Returns the jaxpr of (gradients, params, state, norm, positions) to (params, state)."""
+
+        def update(gradients: Any, params: Any, state: Any, norm: Any, positions: Any) -> Any:
+            gradients, params = map(self._params_tree.unflatten, (gradients, params))
+            updates, new_state = self._optimizer.update(
+                gradients,
+                self._state_tree.unflatten(state),
+                params,
+                positions=positions,
+                global_norm=norm,
+            )
+            new_params = optax.apply_updates(params, updates)
+            if jax.tree.structure(new_state) != self._state_tree:
+                raise ValueError("update changes the structure of the optimizer's state.")
+            return jax.tree.leaves((new_params, new_state))
+
+        lengths = {x.shape[0] for x, yes in zip(params, self._stacked, strict=True) if yes}
+        positions = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in sorted(lengths)]
+        norm = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.make_jaxpr(update)(list(params), list(params), list(state), norm, positions)
+
+    def _stacks(self) -> list[int]:
+        return [i for i, yes in enumerate(self._stacked) if yes]
+
+    def _dependences(self) -> tuple[list[Group], list[int], bool]:
+        """Returns the group of each parameter, what is shared, and whether the norm is needed."""
+        params, states = len(self._params), len(self._state)
+        leaf = [1 << k for k in range(params + states)]
+        norm = 1 << params + states
+        others = len(self._whole.jaxpr.invars) - 2 * params - states - 1
+        found = _sources(self._whole.jaxpr, [*leaf[:params], *leaf, norm, *[0] * others])
+        # The state's leaves that depend on no gradient and no parameter, in any number of steps.
+        own = (1 << params) - 1
+        shared = set(range(params, params + states))
+        while depend := {k for k in shared if found[k] & own}:
+            shared -= depend
+            own |= sum(map(leaf.__getitem__, depend))
+        groups: list[int] = []
+        for k, bits in enumerate(found):
+            if k not in shared:
+                bits = (bits | leaf[k]) & own
+                joint = [x for x in groups if x & bits]
+                groups = [x for x in groups if not x & bits]
+                groups.append(functools.reduce(int.__or__, joint, bits))
+        # One that is used by a single group, and has an axis of layers, belongs to that group.
+        for k in sorted(shared):
+            users = [g for g in groups if any(found[m] & leaf[k] for m in _bits(g))]
+            shape = self._state[k - params].shape
+            if len(users) == 1 and shape and shape[0] in self._lengths:
+                groups[groups.index(users[0])] |= leaf[k]
+                shared.remove(k)
+        by_param: dict[int, Group] = {}
+        for bits in groups:
+            places = list(_bits(bits))
+            group = Group(
+                [k for k in places if k < params], [k - params for k in places if k >= params]
+            )
+            by_param |= dict.fromkeys(group.params, group)
+        needs_norm = any(bits & norm for bits in found)
+        return (
+            [by_param[i] for i in range(params)],
+            [k - params for k in sorted(shared)],
+            needs_norm,
         )
 
-    def of_rest(self, group: Group) -> Any:
-        """Returns the function for leaves that are not stacked, with what is shared."""
-        return self._part(self._whole, group, self.shared)
+    def _coupled(self, i: int, other: int) -> ValueError:
+        return ValueError(
+            f"the optimizer's update of {self._paths[i]} depends on {self._paths[other]}, which is "
+            f"updated at another time. {_REMEDY}"
+        )
 
-    def of_layer(self, group: Group) -> Any:
-        """Returns the function for one layer of leaves that are stacked."""
-        return self._part(self._one, group, [])
+    def _check_layers(self, i: int) -> None:
+        """Raises ValueError unless layers of a stack are updated as if each were alone."""
+        group = self._groups[i]
+        length = self._params[i].shape[0]
+        for other in group.params:
+            if not self._stacked[other] or self._params[other].shape[0] != length:
+                raise self._coupled(i, other)
+        for j in group.state:
+            if self._state[j].shape[:1] != (length,):
+                raise ValueError(
+                    f"state{self._state_paths[j]} has shape {self._state[j].shape} and no axis of "
+                    f"layers, but depends on the gradient of {self._paths[i]}. {_REMEDY}"
+                )
+        wanted = self._places(group)
+        whole, _ = _needed(self._whole.jaxpr, wanted)
+        one, _ = _needed(self._one.jaxpr, wanted)
+        try:
+            _compare(whole, one, set(self._lengths))
+        except _LayersMixedError as error:
+            raise ValueError(
+                f"the optimizer's update of a layer of {self._paths[i]} {error}. {_REMEDY}"
+            ) from None
 
-    def _traced(self, params: Sequence[Any], state: Sequence[Any], stacked: Sequence[bool]) -> Any:
-        def update(gradients: Any, params: Any, state: Any, positions: Any) -> Any:
-            gradients, params = map(self._params_tree.unflatten, (gradients, params))
-            state = self._state_tree.unflatten(state)
-            updates, state = self._optimizer.update(gradients, state, params, positions=positions)
-            return jax.tree.leaves((optax.apply_updates(params, updates), state))
-
-        lengths = {x.shape[0] for x, yes in zip(params, stacked, strict=True) if yes}
-        positions = [jax.ShapeDtypeStruct((length,), jnp.int32) for length in sorted(lengths)]
-        return jax.make_jaxpr(update)(list(params), list(params), list(state), positions)
-
-    def _sources(self) -> tuple[list[int], list[int]]:
-        size = self._size
-        jaxpr = self._whole.jaxpr
-        states = len(jaxpr.outvars) - size
-        bits = [1 << i for i in range(size + states)]
-        others = [0] * (len(jaxpr.invars) - 2 * size - states)
-        found = sources(jaxpr, [*bits[:size], *bits, *others])
-        return found[:size], found[size:]
+    def _places(self, group: Group, shared: Sequence[int] = ()) -> list[int]:
+        """Returns the places of a group's leaves among the outputs."""
+        size = len(self._params)
+        return [*group.params, *(size + j for j in (*group.state, *shared))]
 
     def _part(self, traced: ClosedJaxpr, group: Group, shared: Sequence[int]) -> Any:
-        size = self._size
-        wanted = [*group.params, *(size + j for j in group.state), *(size + j for j in shared)]
-        used = [False] * len(traced.jaxpr.outvars)
-        for k in wanted:
-            used[k] = True
-        jaxpr, used_inputs = partial_eval.dce_jaxpr(traced.jaxpr, used)
-        order = sorted(wanted)
+        size = len(self._params)
+        wanted = self._places(group, shared)
+        jaxpr, used = _needed(traced.jaxpr, wanted)
+        known = {2 * size + j: self._state[j] for j in self.shared}
 
-        def run(gradients: Any, params: Any, state: Any, shared_state: Any, positions: Any) -> Any:
-            """Takes and returns leaves in the order of the group."""
-            values = dict(zip(group.params, gradients, strict=True))
+        def run(gradients: Any, params: Any, state: Any, norm: Any, positions: Any) -> Any:
+            values = dict(known)
+            values |= dict(zip(group.params, gradients, strict=True))
             values |= dict(zip((size + i for i in group.params), params, strict=True))
             values |= dict(zip((2 * size + j for j in group.state), state, strict=True))
-            values |= dict(zip((2 * size + j for j in self.shared), shared_state, strict=True))
-            first = len(traced.jaxpr.invars) - len(positions)
-            values |= {first + k: x for k, x in enumerate(positions)}
-            inputs = [values[k] for k, yes in enumerate(used_inputs) if yes]
+            values |= enumerate([norm, *positions], 2 * size + len(self._state))
+            inputs = [values[k] for k, yes in enumerate(used) if yes]
             outputs = jax.core.eval_jaxpr(jaxpr, traced.consts, *inputs)
-            by_place = dict(zip(order, outputs, strict=True))
+            by_place = dict(zip(sorted(wanted), outputs, strict=True))
             found = [by_place[k] for k in wanted]
-            a, b = len(group.params), len(group.params) + len(group.state)
-            return found[:a], found[a:b], found[b:]
+            return found[: len(group.params)], found[len(group.params) :]
 
         return run
 
 
-def sources(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
-    """Returns for each output the union of the sets of inputs that it depends on, as bits."""
+def _needed(jaxpr: Jaxpr, outputs: Collection[int]) -> tuple[Jaxpr, list[bool]]:
+    """Returns what is needed for some of the outputs, and which inputs it takes."""
+    return partial_eval.dce_jaxpr(jaxpr, [k in outputs for k in range(len(jaxpr.outvars))])
+
+
+def _bits(number: int) -> Iterator[int]:
+    """Yields the places of the bits that are set."""
+    return (k for k in range(number.bit_length()) if number >> k & 1)
+
+
+def _sources(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
+    """Returns for each output the set of inputs that it depends on, as the bits of a number."""
     found: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
     of = lambda x: 0 if isinstance(x, Literal) else found.get(x, 0)  # noqa: E731
     for eqn in jaxpr.eqns:
@@ -136,57 +259,150 @@ def sources(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
 
 
 def _sources_of(eqn: Any, inputs: list[int]) -> list[int]:
-    everything = functools.reduce(int.__or__, inputs, 0)
     if eqn.primitive.name == "cond":
         index, *operands = inputs
-        branches = [sources(branch.jaxpr, operands) for branch in eqn.params["branches"]]
-        return [index | functools.reduce(int.__or__, x) for x in zip(*branches, strict=True)]
-    called = called_jaxpr(eqn)
-    if called is not None:
-        return sources(called, inputs)
-    return [everything] * len(eqn.outvars)
+        branches = [_sources(branch.jaxpr, operands) for branch in eqn.params["branches"]]
+        return [functools.reduce(int.__or__, x, index) for x in zip(*branches, strict=True)]
+    called = _jaxprs(eqn)
+    if eqn.primitive.name in _CALLS and len(called) == 1:
+        return _sources(called[0], inputs)
+    if eqn.primitive.name == "optimization_barrier":
+        return inputs
+    return [functools.reduce(int.__or__, inputs, 0)] * len(eqn.outvars)
 
 
-def called_jaxpr(eqn: Any) -> Jaxpr | None:
-    """Returns what an equation calls once, with its operands as they are."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        inner = getattr(inner, "jaxpr", inner)
-        if eqn.primitive.name not in ("scan", "while") and isinstance(inner, Jaxpr):
-            return inner
-    return None
+_CALLS = {
+    "call", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
+    "custom_vjp_call_jaxpr", "jit", "pjit", "remat", "remat2",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
+    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow",
+    "is_finite", "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min",
+    "mul", "ne", "neg", "nextafter", "not", "optimization_barrier", "or", "pbroadcast", "pcast",
+    "pmax", "pmin", "population_count", "pow", "psum", "psum2", "psum_invariant", "pvary", "real",
+    "reduce_precision", "rem", "reshard", "round", "rsqrt", "select_n", "sharding_constraint",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
+    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+}  # fmt: skip
+# What keeps layers apart if its result has their axis: else it would have another length.
+_ALONG_OTHER_AXES = {
+    "argmax", "argmin", "broadcast_in_dim", "dot_general", "expand_dims", "pad", "reduce_and",
+    "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "slice",
+    "squeeze", "transpose",
+}  # fmt: skip
+# The parameter that names the axis along which elements are mixed.
+_ALONG_AN_AXIS = {
+    "concatenate": "dimension", "cumlogsumexp": "axis", "cummax": "axis", "cummin": "axis",
+    "cumprod": "axis", "cumsum": "axis", "sort": "dimension",
+}  # fmt: skip
 
 
-def _shared(state_sources: Sequence[int], params: int) -> list[int]:
-    """Returns the places of the state's leaves that depend on no gradient and no parameter."""
-    own = (1 << params) - 1
-    shared = set(range(len(state_sources)))
-    while depend := {j for j in shared if state_sources[j] & own}:
-        shared -= depend
-        own |= sum(1 << params + j for j in depend)
-    return sorted(shared)
+class _LayersMixedError(Exception):
+    """Why a layer is not updated as if it were alone, as a predicate."""
 
 
-def _groups(
-    param_sources: Sequence[int], state_sources: Sequence[int], shared: Iterable[int]
-) -> list[Group]:
-    params = len(param_sources)
-    ignored = sum(1 << params + j for j in shared)
-    found = [1 << k | x & ~ignored for k, x in enumerate([*param_sources, *state_sources])]
-    merged: list[int] = []
-    for k, bits in enumerate(found):
-        if ignored >> k & 1:
-            continue
-        apart = [x for x in merged if not x & bits]
-        joint = [x for x in merged if x & bits]
-        merged = [*apart, functools.reduce(int.__or__, joint, bits)]
-    by_param: dict[int, Group] = {}
-    for bits in merged:
-        places = [k for k in range(len(found)) if bits >> k & 1]
-        group = Group([k for k in places if k < params], [k - params for k in places if k >= params])
-        by_param |= dict.fromkeys(group.params, group)
-    return [by_param[i] for i in range(params)]
+def _compare(whole: Jaxpr, one: Jaxpr, lengths: set[int]) -> None:
+    """Raises unless the second jaxpr does to one layer what the first does to each of all."""
+    if len(whole.eqns) != len(one.eqns):
+        raise _by_size()
+    for a, b in zip(whole.eqns, one.eqns, strict=True):
+        if a.primitive is not b.primitive:
+            raise _by_size()
+        _compare_params(a.params, b.params, lengths)
+        pairs = list(zip(a.invars, b.invars, strict=True))
+        for x, y in pairs:
+            if isinstance(x, Literal) and not (isinstance(y, Literal) and _equal(x.val, y.val)):
+                raise _by_size()
+        inner = list(zip(_jaxprs(a), _jaxprs(b), strict=True))
+        for x, y in inner:
+            _compare(x, y, lengths)
+        if not (inner and a.primitive.name in {*_CALLS, "cond", "scan", "while"}):
+            axes = [_layer_axis(x, y, lengths) for x, y in pairs]
+            out_pairs = zip(a.outvars, b.outvars, strict=True)
+            _check_operation(a, axes, [_layer_axis(x, y, lengths) for x, y in out_pairs])
 
 
-def _one_layer(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+def _check_operation(eqn: Any, axes: list[int | None], out_axes: list[int | None]) -> None:
+    """Raises if an operation mixes layers, given which axes of what it takes and returns they are.
+
+    An operation that is not known is taken for one that does.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    layered = {axis for axis in axes if axis is not None}
+    out_layered = {axis for axis in out_axes if axis is not None}
+    if not layered and not out_layered:
+        return
+    if not layered:
+        constant = name == "broadcast_in_dim"
+        if not constant and not (name == "iota" and params["dimension"] not in out_layered):
+            raise _LayersMixedError(
+                f"depends on where it is in the stack ({name}), by an operation that is not told "
+                "the layer's place"
+            )
+        return
+    if None in out_axes:
+        raise _LayersMixedError(f"depends on other layers ({name})")
+    known = name in _ELEMENTWISE or name in _ALONG_OTHER_AXES
+    if name in _ALONG_AN_AXIS:
+        known = params[_ALONG_AN_AXIS[name]] not in layered
+    if name == "reshape":
+        [axis], [out_axis] = layered, out_layered
+        before = eqn.invars[0].aval.shape[:axis]
+        known = math.prod(before) == math.prod(eqn.outvars[0].aval.shape[:out_axis])
+    if not known:
+        raise _LayersMixedError(f"may depend on other layers ({name})")
+
+
+def _by_size() -> _LayersMixedError:
+    return _LayersMixedError(
+        "would be another one in a stack of one layer: something looks at the number of layers or "
+        "at the size of leaves, such as a mask. Give it the names of leaves, or their ranks"
+    )
+
+
+def _layer_axis(x: Any, y: Any, lengths: set[int]) -> int | None:
+    """Returns the axis of the layers, given an array and what it is with one layer."""
+    shape, one = x.aval.shape, y.aval.shape
+    if shape == one:
+        return None
+    if len(shape) != len(one):
+        raise _by_size()
+    axes = [k for k, (m, n) in enumerate(zip(shape, one, strict=True)) if m != n]
+    if len(axes) > 1 or one[axes[0]] != 1 or shape[axes[0]] not in lengths:
+        raise _LayersMixedError("joins layers into one axis with other elements")
+    return axes[0]
+
+
+def _compare_params(whole: dict[str, Any], one: dict[str, Any], lengths: set[int]) -> None:
+    """Raises unless the parameters of an operation differ in nothing but the number of layers."""
+    for name, x in whole.items():
+        y = one.get(name)
+        if isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y):
+            pairs = list(zip(x, y, strict=True))
+        else:
+            pairs = [(x, y)]
+        for m, n in pairs:
+            numbers = isinstance(m, int | float | str) and isinstance(n, int | float | str)
+            is_length = isinstance(x, tuple) and m in lengths and n == 1
+            if numbers and m != n and not is_length:
+                raise _by_size()
+
+
+def _jaxprs(eqn: Any) -> list[Jaxpr]:
+    """Returns the jaxprs in the parameters of an operation."""
+    found = []
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else [value]:
+            x = getattr(x, "jaxpr", x)
+            if isinstance(x, Jaxpr):
+                found.append(x)
+    return found
+
+
+def _equal(x: Any, y: Any) -> bool:
+    return bool(
+        np.array_equal(np.asarray(x), np.asarray(y), equal_nan=np.asarray(x).dtype.kind in "fc")
+    )

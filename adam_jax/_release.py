@@ -1,21 +1,27 @@
-"""Gradient release: each layer's update inside the backward pass."""
+"""Gradient release: each layer's update as soon as the backward pass has its gradient."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_leaves_with_path
+from jax.extend import core
 
 from adam_jax._checks import keystr
-from adam_jax._layers import Group, Update
+from adam_jax._layers import Group, Updates
+from adam_jax._scan import Leaves, scan_layers
 from adam_jax._state import node_types, per_leaf
 from adam_jax._types import Mask, is_function
+
+Step = Callable[..., tuple[Any, optax.Params, optax.OptState]]
+
+# Moved in JAX 0.10.
+_trace_state = getattr(core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
 
 
 def value_and_update(
@@ -24,181 +30,286 @@ def value_and_update(
     *,
     layers: Mask,
     has_aux: bool = False,
-) -> Callable[..., tuple[Any, optax.Params, optax.OptState]]:
-    """Thin."""
+) -> Step:
+    """TODO."""
 
     def step(
         params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
     ) -> tuple[Any, optax.Params, optax.OptState]:
-        step = _Step(optimizer, params, state, layers)
-        return step.run(loss, has_aux, args, kwargs)
+        prefix = layers(params) if is_function(node_types(params), layers) else layers
+        stacked = per_leaf("layers", prefix, params)
+        leaves, tree = jax.tree.flatten(params)
+        paths = [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        _check_stacked(paths, leaves, stacked)
+        updates = Updates(optimizer, params, state, stacked)
+        rest = updates.group([i for i, yes in enumerate(stacked) if not yes])
+
+        def backward(consumer: Callable[[list[int]], Any]) -> tuple[Any, Leaves]:
+            """Returns the loss, and the gradients of leaves that are not stacked."""
+            scans = _Scans(paths, leaves, stacked, consumer)
+
+            def value(rest_leaves: Leaves, tick: jax.Array) -> Any:
+                filled = scans.begin(tick) | dict(zip(rest.params, rest_leaves, strict=True))
+                params = tree.unflatten([filled[i] for i in range(len(leaves))])
+                return loss(params, *args, scan=scans.scan, **kwargs)
+
+            differentiated = jax.value_and_grad(value, argnums=(0, 1), has_aux=has_aux)
+            result, (gradients, _) = differentiated([leaves[i] for i in rest.params], jnp.zeros(()))
+            scans.check()
+            return result, gradients
+
+        norm = None
+        if updates.needs_norm:
+            squares: Leaves = []
+            _, gradients = backward(lambda places: _Squares([leaves[i] for i in places], squares))
+            norm = jnp.sqrt(sum(squares, start=sum(map(_square, gradients), start=jnp.zeros(()))))
+        new = _New(list(leaves), jax.tree.leaves(state))
+        result, gradients = backward(lambda places: _Release(updates, places, new, norm))
+        new_params, new_state, shared = updates.of_rest(rest, gradients, norm)
+        new.put(rest, new_params, new_state)
+        new.put(Group([], updates.shared), [], shared)
+        return result, tree.unflatten(new.params), jax.tree.structure(state).unflatten(new.state)
 
     return step
 
 
-class _Step:
-    def __init__(self, optimizer: Any, params: Any, state: Any, layers: Mask):
-        prefix = layers(params) if is_function(node_types(params), layers) else layers
-        self.stacked = per_leaf("layers", prefix, params)
-        self.params, self.params_tree = jax.tree.flatten(params)
-        self.state, self.state_tree = jax.tree.flatten(state)
-        self.update = Update(optimizer, params, state, self.stacked)
-        self.guards: dict[int, Any] = {}
-        self.new_params = list(self.params)
-        self.new_state = list(self.state)
-        self.scanned: set[int] = set()
-        self.released: set[int] = set()
+def _check_stacked(paths: Sequence[str], leaves: Leaves, stacked: Sequence[Any]) -> None:
+    for path, leaf, yes in zip(paths, leaves, stacked, strict=True):
+        if not isinstance(yes, bool):
+            raise TypeError(
+                f"layers has {yes!r} at {path}. It says of whole leaves whether they are stacked "
+                "over layers: pass True or False."
+            )
+        if yes and jnp.ndim(leaf) == 0:
+            raise ValueError(f"layers is True at {path}, which is a scalar and no stack.")
+    if not any(stacked):
+        raise ValueError(
+            "layers is False for all parameters: pass True for those that are stacked over layers "
+            "and go through scan, or take the plain step."
+        )
 
-    def run(self, loss: Any, has_aux: bool, args: Any, kwargs: Any) -> Any:
-        free = [i for i, yes in enumerate(self.stacked) if not yes]
 
-        def value(leaves: Any, tick: Any) -> Any:
-            self.tick = tick
-            tree = list(self.params)
-            for i, x in zip(free, leaves, strict=True):
-                tree[i] = x
-            for i, yes in enumerate(self.stacked):
-                if yes:
-                    tree[i] = self.guards[i] = _guarded(str(i), tree[i], tick)
-            return loss(self.params_tree.unflatten(tree), *args, scan=self.scan, **kwargs)
+class _New:
+    """New parameters and state, leaf by leaf as they are made."""
 
-        result, (gradients, _) = jax.value_and_grad(value, (0, 1), has_aux=has_aux)(
-            [self.params[i] for i in free], jnp.zeros(())
-        )
-        group = Group(
-            free, sorted({j for i in free for j in self.update.groups[i].state})
-        )
-        new_params, new_state, new_shared = self.update.of_rest(group)(
-            gradients,
-            [self.params[i] for i in free],
-            [self.state[j] for j in group.state],
-            [self.state[j] for j in self.update.shared],
-            [],
-        )
-        for i, x in zip(group.params, new_params, strict=True):
-            self.new_params[i] = x
-        for j, x in zip([*group.state, *self.update.shared], [*new_state, *new_shared], strict=True):
-            self.new_state[j] = x
-        return (
-            result,
-            self.params_tree.unflatten(self.new_params),
-            self.state_tree.unflatten(self.new_state),
-        )
+    def __init__(self, params: Leaves, state: Leaves):
+        self.params = params
+        self.state = state
+
+    def put(self, group: Group, params: Leaves, state: Leaves) -> None:
+        """Stores the leaves of a group."""
+        for i, x in zip(group.params, params, strict=True):
+            self.params[i] = x
+        for j, x in zip(group.state, state, strict=True):
+            self.state[j] = x
+
+
+class _Release:
+    """Updates each layer with its gradient: the consumer of a scan."""
+
+    def __init__(self, updates: Updates, places: list[int], new: _New, norm: Any):
+        self._group = updates.group(places)
+        self._update = updates.of_layer(self._group, norm)
+        self._new = new
+
+    def begin(self) -> tuple[Leaves, Leaves]:
+        """Returns the parameters and the state of all layers."""
+        group, new = self._group, self._new
+        return [new.params[i] for i in group.params], [new.state[j] for j in group.state]
+
+    def params(self, carry: tuple[Leaves, Leaves], place: jax.Array) -> Leaves:
+        """Returns one layer's parameters."""
+        return _one_layer(carry[0], place)
+
+    def consume(
+        self, carry: tuple[Leaves, Leaves], place: jax.Array, gradients: Leaves, rest: Any
+    ) -> tuple[tuple[Leaves, Leaves], Any]:
+        """Returns the stacks with one layer updated."""
+
+        def updated(carry: Any, place: jax.Array, gradients: Leaves, rest: Any) -> Any:
+            params, state = _one_layer(carry, place)
+            return self._update(gradients, params, state, place), rest
+
+        new, rest = _before_it_is_written(updated, carry, place, gradients, rest)
+        write = lambda x, layer: jax.lax.dynamic_update_slice_in_dim(x, layer, place, 0)  # noqa: E731
+        return jax.tree.map(write, carry, tuple(new)), rest
+
+    def end(self, carry: tuple[Leaves, Leaves]) -> None:
+        """Stores the stacks."""
+        self._new.put(self._group, *carry)
+
+
+class _Squares:
+    """Adds up the squares of gradients: the consumer of a scan whose norm alone is wanted."""
+
+    def __init__(self, stacks: Leaves, squares: Leaves):
+        self._stacks = stacks
+        self._squares = squares
+
+    def begin(self) -> jax.Array:
+        """Returns 0."""
+        return jnp.zeros(())
+
+    def params(self, carry: jax.Array, place: jax.Array) -> Leaves:
+        """Returns one layer's parameters."""
+        return _one_layer(self._stacks, place)
+
+    def consume(
+        self, carry: jax.Array, place: jax.Array, gradients: Leaves, rest: Any
+    ) -> tuple[jax.Array, Any]:
+        """Returns the sum with one layer's squares."""
+        return sum(map(_square, gradients), start=carry), rest
+
+    def end(self, carry: jax.Array) -> None:
+        """Stores the sum."""
+        self._squares.append(carry)
+
+
+def _square(gradient: Any) -> jax.Array:
+    return jnp.sum(jnp.square(jnp.abs(gradient).astype(jnp.float32)))
+
+
+def _one_layer(stacks: Any, place: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1), stacks)
+
+
+def _before_it_is_written(updated: Any, stacks: Any, place: jax.Array, *args: Any) -> Any:
+    """Returns what a function makes of stacks before a layer of them is overwritten.
+
+    With all operations free to be fused and put in any order, XLA for CPU copies whole stacks, and
+    XLA for GPU writes the words from which it then makes each output anew.
+    """
+
+    def on_cpu(*operands: Any) -> Any:
+        # A condition that always holds, which the compiler does not know.
+        shapes = jax.eval_shape(updated, *operands)
+        nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+        return jax.lax.cond(place >= 0, updated, nothing, *operands)
+
+    return jax.lax.platform_dependent(
+        stacks,
+        place,
+        *args,
+        cpu=on_cpu,
+        default=lambda *operands: jax.lax.optimization_barrier(updated(*operands)),
+    )
+
+
+class _Scans:
+    """The scans of one backward pass: which parameters went through one, and whether all did."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        leaves: Leaves,
+        stacked: Sequence[bool],
+        consumer: Callable[[list[int]], Any],
+    ):
+        self._paths = paths
+        self._leaves = leaves
+        self._stacked = stacked
+        self._consumer = consumer
+        self._guarded: dict[int, Any] = {}
+        self._scanned: set[int] = set()
+        self._consumed: set[int] = set()
+        self._tick: Any = None
+        self._trace: Any = None
+
+    def begin(self, tick: jax.Array) -> dict[int, Any]:
+        """Returns the stacks to give to the loss, which must not be differentiated elsewhere."""
+        self._tick = tick
+        self._trace = _trace_state()
+        self._guarded = {
+            i: _guarded(self._paths[i], leaf, tick)
+            for i, leaf in enumerate(self._leaves)
+            if self._stacked[i]
+        }
+        return self._guarded
 
     def scan(
-        self, f: Any, init: Any, xs: Any = None, length: Any = None, reverse: bool = False,
-        unroll: Any = 1,
-    ) -> Any:
-        leaves, xs_tree = jax.tree.flatten(xs)
-        places = {id(guard): i for i, guard in self.guards.items()}
-        which = [places.get(id(x)) for x in leaves]
-        own = [i for i in which if i is not None]
+        self,
+        f: Callable[[Any, Any], tuple[Any, Any]],
+        init: Any,
+        xs: Any = None,
+        length: int | None = None,
+        reverse: bool = False,
+        unroll: int | bool = 1,
+    ) -> tuple[Any, Any]:
+        """Like `jax.lax.scan`, but hands on the gradients of stacks among the leaves of xs."""
+        places = {id(x): i for i, x in self._guarded.items()}
+        leaves, tree = jax.tree.flatten(xs)
+        found = [places.get(id(x)) for x in leaves]
+        own = [i for i in found if i is not None]
         if not own:
             return jax.lax.scan(f, init, xs, length, reverse, unroll)
-        group = Group(own, sorted({j for i in own for j in self.update.groups[i].state}))
-        update = self.update.of_layer(group)
-        scan = functools.partial(jax.lax.scan, unroll=unroll)
-        others = [x for x, i in zip(leaves, which, strict=True) if i is None]
-        size = self.params[own[0]].shape[0]
-        shared = [self.state[j] for j in self.update.shared]
+        self._check_scan(own)
+        self._scanned.update(own)
+        raw = [x if i is None else self._leaves[i] for x, i in zip(leaves, found, strict=True)]
+        consumer = self._consumer(own)
 
-        def merged(stack: Any, others: Any) -> Any:
-            stack, others = iter(stack), iter(others)
-            return xs_tree.unflatten([next(others) if i is None else next(stack)[0] for i in which])
+        def end(carry: Any) -> None:
+            self._consumed.update(own)
+            consumer.end(carry)
 
-        example = [
-            jax.ShapeDtypeStruct((1, *self.params[i].shape[1:]), self.params[i].dtype) for i in own
-        ]
-        others_like = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in others]
-        closed, out_shape = jax.make_jaxpr(
-            lambda carry, stack, others: f(carry, merged(stack, others)), return_shape=True
-        )(init, example, others_like)
-        out_tree = jax.tree.structure(out_shape)
+        return scan_layers(
+            f,
+            init,
+            tree.unflatten(raw),
+            length,
+            reverse,
+            unroll,
+            stacked=[i is not None for i in found],
+            consumer=consumer,
+            end=end,
+            tick=self._tick,
+        )
 
-        def body(carry: Any, stack: Any, others: Any, consts: Any) -> Any:
-            flat = jax.tree.leaves((carry, stack, others))
-            return out_tree.unflatten(jax.core.eval_jaxpr(closed.jaxpr, consts, *flat))
-
-        @jax.custom_vjp
-        def whole(tick: Any, init: Any, others: Any, consts: Any) -> Any:
-            raise NotImplementedError
-
-        pullback_tree: Any = None
-
-        def forward(tick: Any, init: Any, others: Any, consts: Any) -> Any:
-            stack = [self.params[i] for i in own]
-
-            def layer(carry: Any, x: Any) -> Any:
-                nonlocal pullback_tree
-                stack, others = x
-                stack = [p[None] for p in stack]
-                out, pullback = jax.vjp(body, carry, stack, others, consts)
-                residuals, pullback_tree = jax.tree.flatten(pullback)
-                known = {id(p): ("stack", k) for k, p in enumerate(stack)}
-                known |= {id(p): ("others", k) for k, p in enumerate(others)}
-                known |= {id(p): ("consts", k) for k, p in enumerate(consts)}
-                self.kept = [known.get(id(r)) for r in residuals]
-                carry, y = out
-                saved = [r for r, k in zip(residuals, self.kept, strict=True) if k is None]
-                return carry, (y, saved)
-
-            carry, (ys, saved) = scan(layer, init, (stack, others), length, reverse)
-            return (carry, ys), (saved, others, consts)
-
-        def backward(residuals: Any, cotangents: Any) -> Any:
-            saved, others, consts = residuals
-            carry_ct, ys_ct = cotangents
-
-            def layer(carry: Any, x: Any) -> Any:
-                stack, state, carry_ct, consts_ct = carry
-                k, saved, others, y_ct = x
-                one = [jax.lax.dynamic_slice_in_dim(p, k, 1) for p in stack]
-                one_state = [jax.lax.dynamic_slice_in_dim(p, k, 1) for p in state]
-                sources = {"stack": one, "others": others, "consts": consts}
-                saved = iter(saved)
-                pullback = pullback_tree.unflatten(
-                    [next(saved) if w is None else sources[w[0]][w[1]] for w in self.kept]
+    def _check_scan(self, own: list[int]) -> None:
+        names = ", ".join(self._paths[i] for i in own)
+        if _trace_state() != self._trace:
+            raise ValueError(
+                f"scan over {names} is called inside a function that is transformed, by jax.jit, "
+                "jax.checkpoint, jax.lax.cond or another scan. Call it in the loss itself, once."
+            )
+        for i in own:
+            if i in self._scanned or own.count(i) > 1:
+                raise ValueError(
+                    f"parameter {self._paths[i]} is scanned twice, but has its update after the "
+                    "first backward pass. Leave it out of layers: pass False for it."
                 )
-                carry_ct, gradients, others_ct, ct = pullback((carry_ct, y_ct))
-                new, new_state, _ = update(gradients, one, one_state, shared, [k[None]])
-                write = lambda p, x: jax.lax.dynamic_update_slice_in_dim(p, x, k, 0)  # noqa: E731
-                stack = list(map(write, stack, new))
-                state = list(map(write, state, new_state))
-                consts_ct = jax.tree.map(jnp.add, consts_ct, ct)
-                return (stack, state, carry_ct, consts_ct), others_ct
 
-            zeros = jax.tree.map(jnp.zeros_like, consts)
-            start = (
-                [self.params[i] for i in own],
-                [self.state[j] for j in group.state],
-                carry_ct,
-                zeros,
-            )
-            xs = (jnp.arange(size), saved, others, ys_ct)
-            (stack, state, carry_ct, consts_ct), others_ct = scan(
-                layer, start, xs, reverse=not reverse
-            )
-            for i, x in zip(group.params, stack, strict=True):
-                self.new_params[i] = x
-            for j, x in zip(group.state, state, strict=True):
-                self.new_state[j] = x
-            return None, carry_ct, others_ct, consts_ct
-
-        whole.defvjp(forward, backward)
-        return whole(self.tick, init, others, closed.consts)
+    def check(self) -> None:
+        """Raises ValueError unless each stack had its gradients consumed."""
+        for i, path in enumerate(self._paths):
+            if self._stacked[i] and i not in self._scanned:
+                raise ValueError(
+                    f"parameter {path} is marked in layers but is not among the xs of scan as it "
+                    "is. Scan over it in the loss, with the function scan that it is given, and "
+                    "cast or reshape a layer inside the scan's body; or pass False for it."
+                )
+            if self._stacked[i] and i not in self._consumed:
+                raise ValueError(
+                    f"the loss does not depend on what scan returns for parameter {path}, which "
+                    "has no gradient then. Pass False for it in layers."
+                )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _guarded(path: str, leaf: Any, tick: Any) -> Any:
+def _guarded(path: str, leaf: jax.Array, tick: jax.Array) -> jax.Array:
+    """Returns the leaf, which needs a gradient since `tick` is differentiated."""
     return leaf
 
 
-def _guard_forward(path: str, leaf: Any, tick: Any) -> Any:
+def _guard_forward(path: str, leaf: jax.Array, tick: jax.Array) -> tuple[jax.Array, None]:
     return leaf, None
 
 
-def _guard_backward(path: str, _: Any, cotangent: Any) -> Any:
-    raise ValueError(f"{path} needs a gradient outside of scan")
+def _guard_backward(path: str, residuals: None, cotangent: Any) -> Any:
+    raise ValueError(
+        f"parameter {path} is marked in layers, and the loss needs a gradient of it outside of the "
+        "scan over it. Cast or reshape a layer inside the scan's body; of what needs no gradient "
+        "take jax.lax.stop_gradient. Or pass False for it in layers."
+    )
 
 
 _guarded.defvjp(_guard_forward, _guard_backward)
