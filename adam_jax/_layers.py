@@ -71,7 +71,7 @@ class Updates:
         self._whole = self._traced(self._params, self._state)
         self._groups, self.shared, self.needs_norm = self._dependences()
         layered = {j for i in self._stacks() for j in self._groups[i].state}
-        one_layer = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)  # noqa: E731
+        one_layer = functools.partial(jax.eval_shape, lambda x: jax.lax.slice_in_dim(x, 0, 1))
         params_of_one = [
             one_layer(x) if yes else x for x, yes in zip(self._params, stacked, strict=True)
         ]

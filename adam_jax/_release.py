@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core
 
 from adam_jax._checks import keystr
 from adam_jax._layers import Group, Updates
 from adam_jax._scan import Leaves, scan_layers
+from adam_jax._sharding import zeros_of
 from adam_jax._state import node_types, per_leaf
 from adam_jax._types import Mask, is_function
 
@@ -183,14 +185,20 @@ def _before_it_is_written(updated: Any, stacks: Any, place: jax.Array, *args: An
     def on_cpu(*operands: Any) -> Any:
         # A condition that always holds, which the compiler does not know.
         shapes = jax.eval_shape(updated, *operands)
-        nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+        nothing = lambda *_: jax.tree.map(zeros_of, shapes)  # noqa: E731
         return jax.lax.cond(place >= 0, updated, nothing, *operands)
+
+    def on_tpu(*operands: Any) -> Any:
+        new, rest = jax.lax.optimization_barrier(updated(*operands))
+        as_stacks = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
+        return jax.tree.map(as_stacks, new), rest
 
     return jax.lax.platform_dependent(
         stacks,
         place,
         *args,
         cpu=on_cpu,
+        tpu=on_tpu,
         default=lambda *operands: jax.lax.optimization_barrier(updated(*operands)),
     )
 

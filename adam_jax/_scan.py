@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from adam_jax._sharding import zeros_of
+
 Leaves = list[Any]
 
 
@@ -250,4 +252,4 @@ def _merged(mask: Sequence[bool], selected: Leaves, leaves: Leaves) -> Leaves:
 def _instantiated(cotangent: Any) -> Any:
     if not isinstance(cotangent, SymbolicZero):
         return cotangent
-    return jax.lax.full_like(cotangent.aval, 0)
+    return zeros_of(cotangent.aval)

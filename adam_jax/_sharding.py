@@ -5,6 +5,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
@@ -117,6 +118,15 @@ def placed(x: Any, like: Any) -> Any:
     if sharding is None or not getattr(like, "committed", True):
         return x  # what nobody has put anywhere may be used beside arrays on any device
     return jax.device_put(x, sharding)
+
+
+def zeros_of(like: Any) -> jax.Array:
+    """Returns zeros of the shape, dtype and sharding over explicit axes of an array's type."""
+    sharding = like.sharding
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return jnp.zeros(like.shape, like.dtype)
+    zero = jnp.zeros((), like.dtype)
+    return jax.lax.broadcast(zero, like.shape, out_sharding=sharding)
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:
