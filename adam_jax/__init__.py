@@ -13,6 +13,8 @@ from adam_jax._amsgrad import scale_by_amsgrad as scale_by_amsgrad
 from adam_jax._averaging import AverageParamsState as AverageParamsState
 from adam_jax._averaging import average_params as average_params
 from adam_jax._averaging import averaged_params as averaged_params
+from adam_jax._clipping import clip_by_global_norm as clip_by_global_norm
+from adam_jax._clipping import per_layer as per_layer
 from adam_jax._convert import convert_remainder as convert_remainder
 from adam_jax._convert import convert_state as convert_state
 from adam_jax._landing import CheckLandingState as CheckLandingState

@@ -10,6 +10,7 @@ traces consist of the same operations and none of these mixes layers.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import partial_eval
 
 from adam_jax._checks import keystr
+from adam_jax._sharding import divides_layers
 
 _REMEDY = (
     "Gradient release never has all gradients at once. Clip each layer by itself with "
@@ -59,7 +61,7 @@ class Updates:
         state: optax.OptState,
         stacked: Sequence[bool],
     ):
-        self._optimizer = optax.with_extra_args_support(optimizer)
+        self._update = _with_extra_args(optimizer)
         self._params, self._params_tree = jax.tree.flatten(params)
         self._state, self._state_tree = jax.tree.flatten(state)
         self._stacked = stacked
@@ -68,9 +70,14 @@ class Updates:
             [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
             for tree in (params, state)
         )
+        self._unused: list[int] = []
         self._whole = self._traced(self._params, self._state)
         self._groups, self.shared, self.needs_norm = self._dependences()
         layered = {j for i in self._stacks() for j in self._groups[i].state}
+        # Placeholders that nothing depends on: with one layer they would have one element too.
+        layered |= {
+            j for j in self._unused if self._state[j].shape[:1] in [(n,) for n in self._lengths]
+        }
         one_layer = functools.partial(jax.eval_shape, lambda x: jax.lax.slice_in_dim(x, 0, 1))
         params_of_one = [
             one_layer(x) if yes else x for x, yes in zip(self._params, stacked, strict=True)
@@ -123,7 +130,7 @@ class Updates:
 
         def update(gradients: Any, params: Any, state: Any, norm: Any, positions: Any) -> Any:
             gradients, params = map(self._params_tree.unflatten, (gradients, params))
-            updates, new_state = self._optimizer.update(
+            updates, new_state = self._update(
                 gradients,
                 self._state_tree.unflatten(state),
                 params,
@@ -163,12 +170,15 @@ class Updates:
                 joint = [x for x in groups if x & bits]
                 groups = [x for x in groups if not x & bits]
                 groups.append(functools.reduce(int.__or__, joint, bits))
-        # One that is used by a single group, and has an axis of layers, belongs to that group.
+        # What stacks alone use, and has their number of layers, is stacked too.
         for k in sorted(shared):
             users = [g for g in groups if any(found[m] & leaf[k] for m in _bits(g))]
             shape = self._state[k - params].shape
-            if len(users) == 1 and shape and shape[0] in self._lengths:
-                groups[groups.index(users[0])] |= leaf[k]
+            if not users:
+                self._unused.append(k - params)
+            elif all(shape[:1] == self._length(g) for g in users):
+                groups = [g for g in groups if g not in users]
+                groups.append(functools.reduce(int.__or__, users, leaf[k]))
                 shared.remove(k)
         by_param: dict[int, Group] = {}
         for bits in groups:
@@ -184,6 +194,13 @@ class Updates:
             needs_norm,
         )
 
+    def _length(self, group: int) -> tuple[int] | None:
+        """Returns the number of layers of a group of stacks."""
+        places = [k for k in _bits(group) if k < len(self._params)]
+        lengths = {self._params[k].shape[0] if self._stacked[k] else None for k in places}
+        [length] = lengths if len(lengths) == 1 else [None]
+        return None if length is None else (length,)
+
     def _coupled(self, i: int, other: int) -> ValueError:
         return ValueError(
             f"the optimizer's update of {self._paths[i]} depends on {self._paths[other]}, which is "
@@ -198,6 +215,11 @@ class Updates:
             if not self._stacked[other] or self._params[other].shape[0] != length:
                 raise self._coupled(i, other)
         for j in group.state:
+            if divides_layers(self._state[j]):
+                raise ValueError(
+                    f"state{self._state_paths[j]} is divided among devices along its layers. Pass "
+                    "layers to adam_jax.state_shardings, too."
+                )
             if self._state[j].shape[:1] != (length,):
                 raise ValueError(
                     f"state{self._state_paths[j]} has shape {self._state[j].shape} and no axis of "
@@ -237,6 +259,17 @@ class Updates:
             return found[: len(group.params)], found[len(group.params) :]
 
         return run
+
+
+def _with_extra_args(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """Returns the function `update`, which takes extra arguments, and may drop them.
+
+    That of `optax.MultiSteps` passes them on, although it is not declared to do so.
+    """
+    kinds = [x.kind for x in inspect.signature(optimizer.update).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return optimizer.update
+    return optax.with_extra_args_support(optimizer).update
 
 
 def _needed(jaxpr: Jaxpr, outputs: Collection[int]) -> tuple[Jaxpr, list[bool]]:
@@ -291,7 +324,7 @@ _ELEMENTWISE = {
 _ALONG_OTHER_AXES = {
     "argmax", "argmin", "broadcast_in_dim", "dot_general", "expand_dims", "pad", "reduce_and",
     "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "slice",
-    "squeeze", "transpose",
+    "squeeze", "stack", "transpose",
 }  # fmt: skip
 # The parameter that names the axis along which elements are mixed.
 _ALONG_AN_AXIS = {

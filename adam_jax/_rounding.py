@@ -107,7 +107,7 @@ def random_bits(shape: tuple[int, ...], key: Word, positions: Positions | None =
                 along = jax.lax.broadcast_in_dim(positions.astype(jnp.uint32), shape, (0,))
             else:
                 along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-            # Of the first axis only positions count, not its size: one layer is as it is in a stack.
+            # The first axis counts by its positions, not by its size: a layer is as in a stack.
             index = index * np.uint32(size % 2**32) + along if axis else along
         return mix(index ^ key)
 

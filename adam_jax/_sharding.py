@@ -11,11 +11,16 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from adam_jax._checks import keystr
-from adam_jax._types import is_masked
+from adam_jax._state import mask_per_leaf
+from adam_jax._types import Mask, is_masked
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, *, axis: str | None = None
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    *,
+    axis: str | None = None,
+    layers: Mask = False,
 ) -> Any:
     """The sharding of every leaf of an optimizer's state.
 
@@ -37,6 +42,8 @@ def state_shardings(
         params: the parameters, with a `jax.sharding.NamedSharding` each: arrays, or
             `jax.ShapeDtypeStruct`s.
         axis: the name of a mesh axis.
+        layers: which parameters are stacked over layers, as for `value_and_update`: their first
+            dimension is not divided over `axis`, so that each device has its part of each layer.
 
     Returns:
         A tree shaped like the optimizer's state, of `jax.sharding.NamedSharding`.
@@ -65,14 +72,16 @@ def state_shardings(
     if axis is not None and axis not in mesh.axis_names:
         raise ValueError(f"axis must be one of the mesh's {mesh.axis_names}, got {axis!r}.")
 
-    def of_leaf(leaf: Any, param: Any) -> Any:
+    stacked = jax.tree.structure(params).unflatten(mask_per_leaf("layers", layers, params))
+
+    def of_leaf(leaf: Any, param: Any, stacked: bool) -> Any:
         if is_masked(leaf):
             return leaf
         parts = [None] * leaf.ndim
         if leaf.ndim == param.ndim:
             parts = [*param.sharding.spec, *parts][: leaf.ndim]
             if axis is not None:
-                parts = _partitioned(parts, param.shape, mesh, axis)
+                parts = _partitioned(parts, param.shape, mesh, axis, first=int(stacked))
             # Scales have rows in common with the parameter, but not what is in a row.
             same = map(operator.eq, leaf.shape, param.shape)
             parts = [part if yes else None for part, yes in zip(parts, same, strict=True)]
@@ -83,6 +92,7 @@ def state_shardings(
         of_leaf,
         jax.eval_shape(optimizer.init, params),
         params,
+        stacked,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
         is_leaf=is_masked,
     )
@@ -120,6 +130,11 @@ def placed(x: Any, like: Any) -> Any:
     return jax.device_put(x, sharding)
 
 
+def divides_layers(x: Any) -> bool:
+    """Whether the first axis of an array is divided over explicit axes of a mesh."""
+    return is_explicit(x) and x.ndim > 0 and jax.typeof(x).sharding.spec[0] is not None
+
+
 def zeros_of(like: Any) -> jax.Array:
     """Returns zeros of the shape, dtype and sharding over explicit axes of an array's type."""
     sharding = like.sharding
@@ -146,9 +161,12 @@ def _mesh_of(params: Any) -> Mesh | AbstractMesh:
 
 
 def _partitioned(
-    parts: list[Any], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
+    parts: list[Any], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str, first: int
 ) -> list[Any]:
-    """The same partition, with the first dimension that allows it divided by one more axis."""
+    """The same partition, with a dimension divided by one more axis.
+
+    It is the first that allows it, from dimension `first` on.
+    """
     axes: list[tuple[str, ...]] = [
         () if part is None else part if isinstance(part, tuple) else (part,) for part in parts
     ]
@@ -156,7 +174,7 @@ def _partitioned(
         return parts
     # First those that nothing divides yet: with two axes for one dimension, what meets the
     # parameter on explicit meshes would have to be resharded.
-    for i in sorted(range(len(shape)), key=lambda i: len(axes[i])):
+    for i in sorted(range(first, len(shape)), key=lambda i: len(axes[i])):
         divided = (*axes[i], axis)
         if shape[i] % math.prod(mesh.shape[name] for name in divided) == 0:
             return [*parts[:i], divided if axes[i] else axis, *parts[i + 1 :]]

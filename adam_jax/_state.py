@@ -10,7 +10,7 @@ import optax
 from adam_jax._checks import flatten_up_to, keystr, leaf_path
 from adam_jax._codec import Rows, Stored
 from adam_jax._storage import Int8Moment
-from adam_jax._types import is_masked, is_none
+from adam_jax._types import Mask, is_function, is_masked, is_none
 
 T = TypeVar("T")
 WITH_MOMENTS = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
@@ -165,6 +165,11 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
                 f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient."
             )
     return values
+
+
+def mask_per_leaf(name: str, mask: Mask, params: Any) -> list[Any]:
+    """Returns what a mask, a tree prefix or a function to one, says of each parameter."""
+    return per_leaf(name, mask(params) if is_function(node_types(params), mask) else mask, params)
 
 
 def leaves_beside(params: Any, tree: Any, name: str) -> list[Any]:
