@@ -73,6 +73,8 @@ class Updates:
         self._unused: list[int] = []
         self._whole = self._traced(self._params, self._state)
         self._groups, self.shared, self.needs_norm = self._dependences()
+        for i in self._stacks():
+            self._check_group(i)
         layered = {j for i in self._stacks() for j in self._groups[i].state}
         # Placeholders that nothing depends on: with one layer they would have one element too.
         layered |= {
@@ -90,7 +92,7 @@ class Updates:
                 f"the optimizer cannot update one layer alone: {error} {_REMEDY}"
             ) from error
         for i in self._stacks():
-            self._check_layers(i)
+            self._check_operations(i)
 
     def group(self, params: Sequence[int]) -> Group:
         """Returns these parameters with what the state has of them.
@@ -111,7 +113,8 @@ class Updates:
         state = [self._state[j] for j in group.state]
         run = self._part(self._whole, group, self.shared)
         size = len(group.state)
-        params, state = run(gradients, params, state, norm, list(map(jnp.arange, self._lengths)))
+        positions = [jnp.arange(n, dtype=jnp.int32) for n in self._lengths]
+        params, state = run(gradients, params, state, norm, positions)
         return params, state[:size], state[size:]
 
     def of_layer(self, group: Group, norm: Any) -> Callable[..., tuple[list[Any], list[Any]]]:
@@ -207,8 +210,8 @@ class Updates:
             f"updated at another time. {_REMEDY}"
         )
 
-    def _check_layers(self, i: int) -> None:
-        """Raises ValueError unless layers of a stack are updated as if each were alone."""
+    def _check_group(self, i: int) -> None:
+        """Raises ValueError if what a stack is updated with is not stacked."""
         group = self._groups[i]
         length = self._params[i].shape[0]
         for other in group.params:
@@ -225,7 +228,10 @@ class Updates:
                     f"state{self._state_paths[j]} has shape {self._state[j].shape} and no axis of "
                     f"layers, but depends on the gradient of {self._paths[i]}. {_REMEDY}"
                 )
-        wanted = self._places(group)
+
+    def _check_operations(self, i: int) -> None:
+        """Raises ValueError unless layers of a stack are updated as if each were alone."""
+        wanted = self._places(self._groups[i])
         whole, _ = _needed(self._whole.jaxpr, wanted)
         one, _ = _needed(self._one.jaxpr, wanted)
         try:

@@ -289,3 +289,223 @@ def test_donated_buffers_are_reused():
     compiled = jax.jit(released, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     memory = untyped(compiled.memory_analysis())
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((params, state)))
+
+
+def refused(optimizer, loss=linear_loss, layers=LAYERED, dtype="float32", **options):
+    params, batches = linear_problem(dtype, steps=1)
+    step = adam_jax.value_and_update(loss, optimizer, layers=layers, **options)
+    state = optimizer.init(params)
+    jax.eval_shape(step, params, state, jax.tree.map(lambda x: x[0], batches))
+
+
+COUPLED = {
+    "global norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), "depends on"),
+    "finite": (optax.apply_if_finite(optax.sgd(0.1), 3), "depends on"),
+    "flatten": (optax.flatten(optax.adam(0.1)), "depends on"),
+    "landing": (adam_jax.check_landing(seven_bytes()), "depends on"),
+    "lamb": (optax.lamb(0.1), r"other layers \(reduce_sum\)"),
+    "lars": (optax.lars(0.1), r"other layers \(reduce_sum\)"),
+    "block rms": (
+        optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1)),
+        "other layers|number of layers",
+    ),
+    "units of a stack": (
+        optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+        "other layers|number of layers",
+    ),
+    "muon": (optax.contrib.muon(0.1), "layers"),
+    "noise": (optax.noisy_sgd(0.1, key=0), "where it is in the stack|depends on"),
+    "sizes": (
+        adam_jax.adamw(0.1, mask=lambda params: jax.tree.map(lambda p: p.size > 10_000, params)),
+        "looks at the number of layers",
+    ),
+    "cumulative": (
+        optax.chain(
+            optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.cumsum(x, axis=0), g)),
+            optax.sgd(0.1),
+        ),
+        r"may depend on other layers \(cumsum\)",
+    ),
+    "shuffled": (
+        optax.chain(
+            optax.stateless(
+                lambda g, _: jax.tree.map(lambda x: x.T.reshape(x.shape) if x.ndim == 2 else x, g)
+            ),
+            optax.sgd(0.1),
+        ),
+        r"may depend on other layers \(reshape\)",
+    ),
+    "reversed": (
+        optax.chain(
+            optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.flip(x, 0), g)), optax.sgd(0.1)
+        ),
+        r"other layers \(rev\)",
+    ),
+    "layers of other leaves": (
+        optax.chain(
+            optax.masked(
+                adam_jax.per_layer(optax.clip_by_global_norm(1.0)),
+                {"blocks": {"w": True, "b": True}, "rest": False},
+            ),
+            optax.sgd(0.1),
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_optimizers_that_join_layers_or_leaves_are_refused(name, standard_promotion):
+    optimizer, message = COUPLED[name]
+    dtype = "bfloat16" if name == "landing" else "float32"
+    if message is None:
+        refused(optimizer, dtype=dtype)
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        refused(optimizer, dtype=dtype)
+    assert "['" in str(caught.value)
+    assert "plain step" in str(caught.value)
+
+
+def block(x, p):
+    return x + jnp.sum(p["w"]) + jnp.sum(p["b"]), None
+
+
+def cast_before(params, batch, scan):
+    return scan(block, 0.0, jax.tree.map(lambda p: 2 * p, params["blocks"]))[0]
+
+
+def scanned_twice(params, batch, scan):
+    return scan(block, scan(block, 0.0, params["blocks"])[0], params["blocks"])[0]
+
+
+def never_scanned(params, batch, scan):
+    return scan(lambda x, w: (x + jnp.sum(w), None), 0.0, params["blocks"]["w"])[0]
+
+
+def used_outside(params, batch, scan):
+    return scan(block, 0.0, params["blocks"])[0] + jnp.sum(params["blocks"]["w"] ** 2)
+
+
+def used_in_another_body(params, batch, scan):
+    w, b = params["blocks"]["w"], params["blocks"]["b"]
+    x, _ = scan(lambda x, p: (x + jnp.sum(p) * b[0, 0], None), 0.0, w)
+    return scan(lambda x, p: (x + jnp.sum(p), None), x, b)[0]
+
+
+def in_vain(params, batch, scan):
+    return jnp.sum(params["rest"]) + jax.lax.stop_gradient(scan(block, 0.0, params["blocks"])[0])
+
+
+def in_jit(params, batch, scan):
+    return jax.jit(lambda blocks: scan(block, 0.0, params["blocks"])[0])(params["blocks"])
+
+
+def in_cond(params, batch, scan):
+    run = lambda: scan(block, 0.0, params["blocks"])[0]  # noqa: E731
+    return jax.lax.cond(jnp.sum(batch["rest"]) > 0, run, lambda: 0.0)
+
+
+def in_checkpoint(params, batch, scan):
+    return jax.checkpoint(lambda: scan(block, 0.0, params["blocks"])[0])()
+
+
+def nested(params, batch, scan):
+    def outer(x, w):
+        return x + jnp.sum(w) + scan(
+            lambda x, b: (x + jnp.sum(b), None), 0.0, params["blocks"]["b"]
+        )[0], None
+
+    return scan(outer, 0.0, params["blocks"]["w"])[0]
+
+
+def in_other_scan(params, batch, scan):
+    return jax.lax.scan(lambda x, _: scan(block, x, params["blocks"]), 0.0, length=2)[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (cast_before, r"\['blocks'\]\['[bw]'\] .*outside of the scan|is not among the xs"),
+        (scanned_twice, r"\['blocks'\]\['[bw]'\] is scanned twice"),
+        (never_scanned, r"\['blocks'\]\['b'\] is marked in layers but is not among the xs"),
+        (used_outside, r"\['blocks'\]\['w'\] .*outside of the scan"),
+        (used_in_another_body, r"\['blocks'\]\['b'\] .*outside of the scan"),
+        (in_vain, r"does not depend on what scan returns for parameter \['blocks'\]\['[bw]'\]"),
+        (in_jit, r"\['blocks'\]\['w'\] is called inside a function|not among the xs"),
+        (in_cond, r"is called inside a function"),
+        (in_checkpoint, r"is called inside a function"),
+        (nested, r"\['blocks'\]\['b'\] is called inside a function"),
+        (in_other_scan, r"is called inside a function"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_losses_that_would_leave_a_layer_without_its_update_are_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
+        refused(optax.sgd(0.1), loss)
+
+
+def test_reads_that_need_no_gradient_are_allowed():
+    def loss(params, batch, scan=jax.lax.scan):
+        size = jax.lax.stop_gradient(jnp.max(jnp.abs(params["blocks"]["w"])))
+        mean, _ = scan(lambda x, g: (x + jnp.mean(g), None), jnp.float32(0), batch["blocks"]["w"])
+        return linear_loss(params, batch, scan) * size + 0 * mean
+
+    params, batches = linear_problem("float32")
+    optimizer = adam_jax.adam(2**-7, eps=1e-3)
+    plain, released = steps_of(loss, optimizer)
+    expected = run(plain, optimizer, params, batches)
+    assert_close(run(released, optimizer, params, batches), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ({"blocks": False, "rest": False}, ValueError, "False for all parameters"),
+        ({"blocks": "yes", "rest": False}, TypeError, r"'yes' at \['blocks'\]\['b'\]"),
+        ({"blocks": True}, ValueError, "layers must be one value or a tree prefix"),
+        (True, ValueError, r"\['rest'\] is marked in layers, and .* outside of the scan"),
+    ],
+)
+def test_layers_that_are_wrong(layers, error, message):
+    with pytest.raises(error, match=message):
+        refused(optax.sgd(0.1), layers=layers)
+
+
+def test_a_scalar_is_no_stack():
+    params = {"w": jnp.ones(()), "v": jnp.ones((3, 2))}
+    optimizer = optax.sgd(0.1)
+    step = adam_jax.value_and_update(lambda params, scan: 0.0, optimizer, layers=True)
+    with pytest.raises(ValueError, match=r"\['w'\], which is a scalar"):
+        step(params, optimizer.init(params))
+
+
+def test_layers_may_be_a_function():
+    params, batches = linear_problem("float32")
+    layers = lambda params: {"blocks": True, "rest": False}  # noqa: E731
+    assert_released_is_plain(
+        adam_jax.adam(2**-7, b1=0.5, b2=1 - 2**-10), params, batches, layers=layers
+    )
+
+
+def test_per_layer_refuses_what_is_not_stacked_alike():
+    clip = adam_jax.per_layer(optax.clip_by_global_norm(1.0))
+    with pytest.raises(ValueError, match=r"scalar \['b'\]"):
+        clip.init({"a": jnp.ones(3), "b": jnp.ones(())})
+    with pytest.raises(ValueError, match=r"\['a'\] with 3 layers and \['b'\] with 4"):
+        clip.init({"a": jnp.ones(3), "b": jnp.ones((4, 2))})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clip_by_global_norm_is_optax_s(dtype, max_norm, standard_promotion):
+    gradients = {"a": random_tree({"": (5, 3)})[""].astype(dtype), "b": jnp.ones(4, dtype)}
+    ours = adam_jax.clip_by_global_norm(max_norm)
+    clipped, _ = ours.update(gradients, ours.init(gradients))
+    theirs = optax.clip_by_global_norm(max_norm)
+    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), gradients)
+    expected, _ = theirs.update(wide, theirs.init(wide))
+    assert jax.tree.map(lambda x: x.dtype, clipped) == jax.tree.map(lambda x: x.dtype, gradients)
+    assert_close(clipped, expected, 1e-2 if dtype == "bfloat16" else 1e-6)
+    with pytest.raises(ValueError, match="max_norm"):
+        adam_jax.clip_by_global_norm(-1.0)
