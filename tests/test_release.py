@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optimizers import EXACT, INT8, each_layout, seven_bytes
 from trees import assert_close, assert_same_bits, random_tree, short_tree, untyped
 
@@ -278,6 +279,46 @@ def test_vmap_and_derivatives():
     for actual, desired in zip(several(released, factors), several(plain, factors), strict=True):
         np.testing.assert_allclose(actual, desired, rtol=1e-4)
     assert np.all(several(plain, factors)[1] != 0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("placement", ["data parallel", "ZeRO-1", "FSDP"])
+def test_meshes_have_the_bits_of_one_device(placement, kind, standard_promotion):
+    """The state is divided over all chips, except in data-parallel training."""
+    mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
+    optimizer = seven_bytes(2**-8)
+    params, batches = linear_problem("bfloat16")
+    plain, released = steps_of(linear_loss, optimizer)
+    expected = run(plain, optimizer, params, batches)
+    spec = PartitionSpec(None, "data") if placement == "FSDP" else PartitionSpec()
+    placed = {
+        "blocks": jax.device_put(params["blocks"], NamedSharding(mesh, spec)),
+        "rest": jax.device_put(params["rest"], NamedSharding(mesh, PartitionSpec())),
+    }
+    axis = "data" if placement == "ZeRO-1" else None
+    shardings = adam_jax.state_shardings(optimizer, placed, axis=axis, layers=LAYERED)
+    where = jax.tree.map(lambda x: x.sharding, placed), shardings
+    step = jax.jit(released, donate_argnums=(0, 1), out_shardings=(None, *where))
+    state = jax.jit(optimizer.init, out_shardings=shardings)(placed)
+    divided = state.inner_state[0].mu["blocks"]["w"].sharding.shard_shape(SHAPES["w"])
+    assert divided == ((3, 48, 96) if placement == "data parallel" else (3, 12, 96))
+    carry = placed, state
+    for i in range(4):
+        batch = jax.tree.map(lambda x, i=i: x[i], batches)
+        _, *carry = step(*carry, jax.device_put(batch, NamedSharding(mesh, PartitionSpec())))
+    assert_same_bits(tuple(carry), expected[1:])
+
+
+def test_state_divided_along_its_layers_is_refused():
+    mesh = jax.make_mesh((3,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:3])
+    params = jax.device_put({"w": jnp.ones((3, 4))}, NamedSharding(mesh, PartitionSpec()))
+    optimizer = adam_jax.adam(0.1)
+    shardings = adam_jax.state_shardings(optimizer, params, axis="data")
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    loss = lambda params, scan: scan(lambda x, w: (x + jnp.sum(w), None), 0.0, params["w"])[0]  # noqa: E731
+    step = adam_jax.value_and_update(loss, optimizer, layers=True)
+    with pytest.raises(ValueError, match="Pass layers to"):
+        jax.jit(step)(params, state)
 
 
 def test_donated_buffers_are_reused():
