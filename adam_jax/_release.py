@@ -16,7 +16,7 @@ from jax.extend import core
 from adam_jax._checks import keystr
 from adam_jax._clipping import sum_of_squares
 from adam_jax._layers import Group, Updates
-from adam_jax._scan import Leaves, scan_layers
+from adam_jax._scan import Leaves, one_layer, scan_layers
 from adam_jax._sharding import zeros_of
 from adam_jax._state import mask_per_leaf
 from adam_jax._types import Mask
@@ -130,7 +130,7 @@ def value_and_update(
         norm = None
         if updates.needs_norm:
             squares: Leaves = []
-            _, gradients = backward(lambda places: _Squares([leaves[i] for i in places], squares))
+            _, gradients = backward(lambda places: _Squares(squares))
             norm = jnp.sqrt(
                 sum(
                     squares,
@@ -186,14 +186,13 @@ class _Release:
         self._update = updates.of_layer(self._group, norm)
         self._new = new
 
-    def begin(self) -> tuple[Leaves, Leaves]:
+    def begin(self, params: Leaves) -> tuple[Leaves, Leaves]:
         """Returns the parameters and the state of all layers."""
-        group, new = self._group, self._new
-        return [new.params[i] for i in group.params], [new.state[j] for j in group.state]
+        return params, [self._new.state[j] for j in self._group.state]
 
     def params(self, carry: tuple[Leaves, Leaves], place: jax.Array) -> Leaves:
         """Returns one layer's parameters."""
-        return _one_layer(carry[0], place)
+        return one_layer(carry[0], place)
 
     def consume(
         self, carry: tuple[Leaves, Leaves], place: jax.Array, gradients: Leaves, rest: Any
@@ -201,7 +200,7 @@ class _Release:
         """Returns the stacks with one layer updated."""
 
         def updated(carry: Any, place: jax.Array, gradients: Leaves, rest: Any) -> Any:
-            params, state = _one_layer(carry, place)
+            params, state = one_layer(carry, place)
             return self._update(gradients, params, state, place), rest
 
         new, rest = _before_it_is_written(updated, carry, place, gradients, rest)
@@ -216,31 +215,26 @@ class _Release:
 class _Squares:
     """Adds up the squares of gradients: the consumer of a scan whose norm alone is wanted."""
 
-    def __init__(self, stacks: Leaves, squares: Leaves):
-        self._stacks = stacks
+    def __init__(self, squares: Leaves):
         self._squares = squares
 
-    def begin(self) -> jax.Array:
-        """Returns 0."""
-        return jnp.zeros((), jnp.float32)
+    def begin(self, params: Leaves) -> tuple[Leaves, jax.Array]:
+        """Returns the parameters of all layers, and 0."""
+        return params, jnp.zeros((), jnp.float32)
 
-    def params(self, carry: jax.Array, place: jax.Array) -> Leaves:
+    def params(self, carry: tuple[Leaves, jax.Array], place: jax.Array) -> Leaves:
         """Returns one layer's parameters."""
-        return _one_layer(self._stacks, place)
+        return one_layer(carry[0], place)
 
     def consume(
-        self, carry: jax.Array, place: jax.Array, gradients: Leaves, rest: Any
-    ) -> tuple[jax.Array, Any]:
+        self, carry: tuple[Leaves, jax.Array], place: jax.Array, gradients: Leaves, rest: Any
+    ) -> tuple[tuple[Leaves, jax.Array], Any]:
         """Returns the sum with one layer's squares."""
-        return sum(map(sum_of_squares, gradients), start=carry), rest
+        return (carry[0], sum(map(sum_of_squares, gradients), start=carry[1])), rest
 
-    def end(self, carry: jax.Array) -> None:
+    def end(self, carry: tuple[Leaves, jax.Array]) -> None:
         """Stores the sum."""
-        self._squares.append(carry)
-
-
-def _one_layer(stacks: Any, place: jax.Array) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1), stacks)
+        self._squares.append(carry[1])
 
 
 def _before_it_is_written(updated: Any, stacks: Any, place: jax.Array, *args: Any) -> Any:

@@ -25,8 +25,8 @@ Leaves = list[Any]
 class Consumer(Protocol):
     """What becomes of the gradients of one scan's layers."""
 
-    def begin(self) -> Any:
-        """Returns the carry before the first gradient."""
+    def begin(self, params: Leaves) -> Any:
+        """Returns the carry before the first gradient, given the parameters of all layers."""
         ...
 
     def params(self, carry: Any, place: jax.Array) -> Leaves:
@@ -69,6 +69,7 @@ def scan_layers(
     others = [x for x, yes in zip(x_leaves, stacked, strict=True) if not yes]
     body, consts, out_tree = _closed(f, init, xs)
     scan = functools.partial(jax.lax.scan, length=length, unroll=unroll)
+    count = jnp.arange(stack[0].shape[0], dtype=jnp.int32)
 
     def flat_body(carry: Leaves, stack: Leaves, others: Leaves, consts: Leaves) -> Any:
         """Returns the leaves of the new carry and of y."""
@@ -88,16 +89,20 @@ def scan_layers(
         perturbed = jax.tree.map(lambda x: x.perturbed, args)
         init, others, consts = jax.tree.map(lambda x: x.value, args)
 
-        def layer(carry: Leaves, x: tuple[Leaves, Leaves]) -> Any:
+        def layer(carry: tuple[Leaves, Leaves], x: tuple[jax.Array, Leaves]) -> Any:
             nonlocal pullback
-            (carry, y), saved, pullback = _Pullback.of(flat_body, perturbed[1:], carry, *x, consts)
-            return carry, (y, saved)
+            (stack, carry), (place, others) = carry, x
+            one = [jnp.squeeze(p, 0) for p in one_layer(stack, place)]
+            (carry, y), saved, pullback = _Pullback.of(
+                flat_body, perturbed[1:], carry, one, others, consts
+            )
+            return (_wide(stack, place), carry), (y, saved)
 
-        carry, (ys, saved) = scan(layer, init, (stack, others), reverse=reverse)
-        return (carry, ys), (saved, others, consts)
+        (params, carry), (ys, saved) = scan(layer, (stack, init), (count, others), reverse=reverse)
+        return (carry, ys), (params, saved, others, consts)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        saved, others, consts = residuals
+        params, saved, others, consts = residuals
         carry_bar, ys_bar = pullback.cotangents(*cotangents)
 
         def layer(carry: Any, x: Any) -> Any:
@@ -114,11 +119,9 @@ def scan_layers(
             consts_bar = jax.tree.map(jnp.add, consts_bar, more)
             return (consumed, carry_bar, consts_bar), others_bar
 
-        zeros = pullback.zeros(consts)
-        count = jnp.arange(stack[0].shape[0], dtype=jnp.int32)
         (consumed, carry_bar, consts_bar), others_bar = scan(
             layer,
-            (consumer.begin(), carry_bar, zeros),
+            (consumer.begin(params), carry_bar, pullback.zeros(consts)),
             (count, saved, others, ys_bar),
             reverse=not reverse,
         )
@@ -128,6 +131,30 @@ def scan_layers(
     whole.defvjp(forward, backward, symbolic_zeros=True)
     carry, ys = whole(tick, jax.tree.leaves(init), others, consts)
     return jax.tree.unflatten(out_tree, [*carry, *ys])
+
+
+def one_layer(stacks: Any, place: jax.Array) -> Any:
+    """Returns a layer of each stack, of shape (1, ...)."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1), stacks)
+
+
+def _wide(stack: Leaves, place: jax.Array) -> Leaves:
+    """Returns stacks as they are, so that XLA for TPU keeps them in float32 throughout a loop.
+
+    It multiplies matrices in bfloat16, and would have a bfloat16 copy of all layers for that. It
+    has none of an array that the loop writes to.
+    """
+
+    def on_tpu(x: jax.Array, place: jax.Array) -> jax.Array:
+        layer = jax.lax.optimization_barrier(one_layer(x, place))
+        return jax.lax.dynamic_update_slice_in_dim(x, layer, place, 0)
+
+    def wide(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.float32:
+            return x
+        return jax.lax.platform_dependent(x, place, tpu=on_tpu, default=lambda x, _: x)
+
+    return list(map(wide, stack))
 
 
 def _closed(f: Any, init: Any, xs: Any) -> tuple[Callable[..., Leaves], Leaves, Any]:
