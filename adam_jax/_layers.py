@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import partial_eval
 
@@ -259,7 +260,7 @@ class Updates:
             values |= dict(zip((2 * size + j for j in group.state), state, strict=True))
             values |= enumerate([norm, *positions], 2 * size + len(self._state))
             inputs = [values[k] for k, yes in enumerate(used) if yes]
-            outputs = jax.core.eval_jaxpr(jaxpr, traced.consts, *inputs)
+            outputs = eval_jaxpr(jaxpr, traced.consts, *inputs)
             by_place = dict(zip(sorted(wanted), outputs, strict=True))
             found = [by_place[k] for k in wanted]
             return found[: len(group.params)], found[len(group.params) :]

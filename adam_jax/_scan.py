@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 
 from adam_jax._sharding import zeros_of
@@ -91,12 +92,12 @@ def scan_layers(
 
         def layer(carry: tuple[Leaves, Leaves], x: tuple[jax.Array, Leaves]) -> Any:
             nonlocal pullback
-            (stack, carry), (place, others) = carry, x
+            (stack, inner), (place, others) = carry, x
             one = [jnp.squeeze(p, 0) for p in one_layer(stack, place)]
-            (carry, y), saved, pullback = _Pullback.of(
-                flat_body, perturbed[1:], carry, one, others, consts
+            (inner, y), saved, pullback = _Pullback.of(
+                flat_body, perturbed[1:], inner, one, others, consts
             )
-            return (_wide(stack, place), carry), (y, saved)
+            return (_wide(stack, place), inner), (y, saved)
 
         (params, carry), (ys, saved) = scan(layer, (stack, init), (count, others), reverse=reverse)
         return (carry, ys), (params, saved, others, consts)
@@ -162,7 +163,7 @@ def _closed(f: Any, init: Any, xs: Any) -> tuple[Callable[..., Leaves], Leaves, 
     x = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
     jaxpr, out = jax.make_jaxpr(f, return_shape=True)(init, x)
     return (
-        functools.partial(jax.core.eval_jaxpr, jaxpr.jaxpr),
+        functools.partial(eval_jaxpr, jaxpr.jaxpr),
         jaxpr.consts,
         jax.tree.structure(out),
     )

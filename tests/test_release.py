@@ -130,13 +130,18 @@ CHAINS = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_other_optimizers_and_chains(name, standard_promotion):
     """Equal up to the order in which squares are added up, and to products fused with sums."""
-    optimizer = CHAINS[name]()
+    optimizer = untyped(CHAINS[name]())
     params, batches = linear_problem("bfloat16" if "master" in name else "float32")
     plain, released = steps_of(linear_loss, optimizer)
     expected = run(plain, optimizer, params, batches)
     result = run(released, optimizer, params, batches)
-    assert_close(result[1], expected[1], 1e-6)
-    assert_close(result[2], expected[2], 1e-5)
+    if "master" in name:  # of two numbers next to each other, remainders may be far apart
+        weights = [adam_jax.master_params(x[1], x[2]) for x in (result, expected)]
+        assert_close(weights[0], weights[1], 1e-6)
+        assert_close(result[2].inner_state, expected[2].inner_state, 1e-5)
+    else:
+        assert_close(result[1], expected[1], 1e-6)
+        assert_close(result[2], expected[2], 1e-5)
     moved = jax.tree.map(lambda x, y: jnp.any(x != y), expected[1], params)
     assert all(jax.tree.leaves(moved))
 
