@@ -331,7 +331,7 @@ _ELEMENTWISE = {
 _ALONG_OTHER_AXES = {
     "argmax", "argmin", "broadcast_in_dim", "dot_general", "expand_dims", "pad", "reduce_and",
     "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "slice",
-    "squeeze", "stack", "transpose",
+    "squeeze", "stack", "transpose", "unstack",
 }  # fmt: skip
 # The parameter that names the axis along which elements are mixed.
 _ALONG_AN_AXIS = {

@@ -137,11 +137,10 @@ def divides_layers(x: Any) -> bool:
 
 def zeros_of(like: Any) -> jax.Array:
     """Returns zeros of the shape, dtype and sharding over explicit axes of an array's type."""
-    sharding = like.sharding
+    sharding, zeros = like.sharding, jnp.zeros(like.shape, like.dtype)
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-        return jnp.zeros(like.shape, like.dtype)
-    zero = jnp.zeros((), like.dtype)
-    return jax.lax.broadcast(zero, like.shape, out_sharding=sharding)
+        return zeros
+    return reshard(zeros, sharding)
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:

@@ -1,0 +1,289 @@
+"""Draws the device memory over the course of a training step, plain and with gradient release.
+
+    uv run --group compilers benchmarks/step_memory.py
+    uv run --group compilers benchmarks/step_memory.py --setting float32 --output float32.png
+
+Compiles both steps of `release.py` for an H100, which need not be here: 16 layers of a GPT, stacked
+and scanned, with `jax.checkpoint` around each, for 128 tokens. Parameters and state are donated.
+Nothing runs. What is drawn is what XLA writes down when it compiles: the order of the instructions,
+the first and the last of them that each value is there for, and its place in memory.
+
+- Upward is the memory in use at an instruction, divided by the number of parameters. Bytes that
+  several values share, such as a result that is written over its operand, count once.
+- To the right are the instructions, in the order in which the device takes them up. Those that move
+  no data, such as `bitcast`, are left out. A loop's body stands there once, although it runs once
+  for each layer. The axis is not time.
+- Parameters and state are the program's arguments, over which the new ones are written: they are in
+  use throughout. So is the batch, which is small and counts among them.
+- Gradients are values outside of the arguments with the shape of a stack of matrices, and matrix
+  products, or partial sums of them, that are the gradient of one layer's matrix. The gradients of
+  vectors are small, and count among the rest.
+- The rest is what the forward pass saves, what is in use in between and, with gradient release, a
+  layer's new parameters and state before they are written over the old ones.
+
+The table has the parts where most is in use, their sum, and what the compiler sets aside by its own
+account: arguments + temporaries.
+"""
+
+import re
+import tempfile
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from release import MODELS, OPTIMIZERS, SMALL, both_steps
+from targets import compile_for
+
+TARGET = "h100"
+TITLES = {
+    "plain": "Plain step: all gradients at once",
+    "released": "Gradient release: one layer's at a time",
+}
+BACKWARD = {"plain": "backward scan", "released": "backward scan with updates"}
+PARTS = {
+    "parameters and state": "#b4cde2",
+    "gradients": "#d55e00",
+    "activations and other temporaries": "#1f3b57",
+}
+# Instructions that move no data.
+FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+Interval = tuple[int, int]
+Shape = tuple[int, ...]
+
+
+class Instruction(NamedTuple):
+    """An instruction of the compiled program."""
+
+    computation: str
+    opcode: str
+    origin: str  # the name of the operation that it was in JAX
+    called: list[str]  # the condition and the body of a loop
+
+
+class Value(NamedTuple):
+    """A value that has a place in memory."""
+
+    name: str  # of its instruction
+    shape: Shape
+    place: Interval  # its addresses, in which allocations lie one after the other
+    life: Interval  # the first and the last instruction that it is there for
+    argument: bool
+
+
+class Curves(NamedTuple):
+    """What is drawn of a step."""
+
+    parts: dict[str, np.ndarray]  # bytes per parameter at each instruction
+    scans: list[Interval]  # where the loops are
+    allocated: float  # bytes per parameter that the compiler sets aside
+
+
+def read_program(text: str) -> dict[str, Instruction]:
+    """The instructions of all computations by name, from the text of a compiled program."""
+    program: dict[str, Instruction] = {}
+    computation = ""
+    for line in text.splitlines():
+        if begin := re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line):
+            computation = begin[1]
+        elif found := re.match(r"  (?:ROOT )?%(\S+) = (?:\(.*?\)|\S+) ([\w-]+)\(", line):
+            origin = re.search(r'op_name="([^"]*)"', line)
+            called = re.findall(r"(?:condition|body)=%([^,\s]+)", line)
+            program[found[1]] = Instruction(
+                computation, found[2], origin[1] if origin else "", called
+            )
+    return program
+
+
+def read_lives(text: str) -> tuple[list[str], dict[str, Interval]]:
+    """The names of instructions in order, and the first and last one of each value's life."""
+    order = re.findall(r"^    \d+:(\S+)$", text, re.MULTILINE)
+    lives = re.findall(r"^    (\S+):(\d+)-(\d+)$", text, re.MULTILINE)
+    return order, {value: (int(first), int(last)) for value, first, last in lives}
+
+
+def read_values(text: str, lives: dict[str, Interval]) -> list[Value]:
+    """The values of a buffer assignment that are there for some instructions."""
+    values: list[Value] = []
+    begin = end = 0
+    argument = False
+    for line in text.splitlines():
+        if allocation := re.match(r"allocation \d+: size (\d+), (.*)", line):
+            begin, end = end, end + int(allocation[1])
+            argument = allocation[2].startswith("parameter ")
+        elif found := re.match(
+            r" value: <\d+ (\S+?)(\{[\d,]*\})? .*\(size=(\d+),offset=(\d+)\): (\S+)", line
+        ):
+            name, index, size, offset, kind = found.groups()
+            if life := lives.get(name + (index or "{}")):
+                dims = re.match(r"\w+\[([\d,]+)\]", kind)  # a tuple has none
+                shape = tuple(map(int, dims[1].split(","))) if dims else ()
+                place = begin + int(offset), begin + int(offset) + int(size)
+                values.append(Value(name, shape, place, life, argument))
+    return values
+
+
+def find_scans(program: dict[str, Instruction], order: list[str]) -> list[Interval]:
+    """The first and last instruction of each loop over layers."""
+    scans = []
+    for last, name in enumerate(order):
+        if program[name].opcode == "while":
+            within = [program[other].computation in program[name].called for other in order]
+            scans.append((within.index(True), last))
+    assert len(scans) == 2, "not a forward and a backward loop"
+    return scans
+
+
+def find_gradients(
+    values: list[Value], program: dict[str, Instruction], stacks: set[Shape]
+) -> list[Value]:
+    """The gradients, of all layers or of one, among values that are no arguments."""
+    layers = {shape[1:] for shape in stacks}
+    # So JAX names the product that is the gradient of a matrix: it has to be transposed.
+    products = {name for name in program if program[name].origin.endswith("/transpose")}
+    found = [v for v in values if v.shape[-2:] in layers and v.name in products]
+    assert {value.shape[-2:] for value in found} == layers, "not a gradient for each matrix"
+    return found + [value for value in values if value.shape in stacks]
+
+
+def covered(places: Iterable[Interval]) -> int:
+    """The number of bytes in any of some intervals."""
+    count = reached = 0
+    for begin, end in sorted(places):
+        count += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return count
+
+
+def in_use(values: list[Value], steps: list[int]) -> np.ndarray:
+    """The bytes of values at some instructions."""
+    alive = lambda i: (v.place for v in values if v.life[0] <= i <= v.life[1])  # noqa: E731
+    return np.array([covered(alive(i)) for i in steps])
+
+
+def measure(step: Any, params: Any, state: Any, batch: Any) -> Curves:
+    """Compiles a step and reads what the compiler writes down."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile_for(TARGET, step, params, state, batch, xla_dump_to=folder)
+
+        def written(ending: str) -> str:
+            (path,) = Path(folder).glob(f"*after_optimizations{ending}.txt")
+            return path.read_text()
+
+        program = read_program(written(""))
+        order, lives = read_lives(written("-live-range"))
+        values = read_values(written("-buffer-assignment"), lives)
+    stacks = {x.shape for x in jax.tree.leaves(params) if x.ndim > 2}
+    others = [value for value in values if not value.argument]
+    gradients = find_gradients(others, program, stacks)
+    steps = [i for i, name in enumerate(order) if program[name].opcode not in FREE]
+    count = sum(x.size for x in jax.tree.leaves(params))
+    memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not count memory"
+    arguments = memory.argument_size_in_bytes
+    gradient, other = in_use(gradients, steps), in_use(others, steps)
+    allocated = arguments + memory.temp_size_in_bytes
+    # A few scalars of outputs and constants are not among what the compiler counts.
+    assert arguments + other.max() < allocated + 1024, "more in use than there is"
+    bands = np.full(len(steps), arguments), gradient, other - gradient
+    position = lambda i: int(np.searchsorted(steps, i))  # noqa: E731
+    scans = [(position(first), position(last)) for first, last in find_scans(program, order)]
+    parts = {part: band / count for part, band in zip(PARTS, bands, strict=True)}
+    return Curves(parts, scans, allocated / count)
+
+
+def at_peak(curves: Curves) -> dict[str, float]:
+    """The parts, in bytes per parameter, where most is in use at once."""
+    place = np.argmax(sum(curves.parts.values()))
+    return {part: float(band[place]) for part, band in curves.parts.items()}
+
+
+def peak(curves: Curves) -> float:
+    """The most bytes per parameter that are in use at once."""
+    return sum(at_peak(curves).values())
+
+
+def draw_step(axes: Axes, name: str, curves: Curves, layers: int, top: float) -> None:
+    """The parts one upon the other, and above them where the program's sections are."""
+    bands = [np.append(band, band[-1]) for band in curves.parts.values()]
+    end = len(bands[0]) - 1
+    at = range(end + 1)
+    axes.stackplot(
+        at, bands, labels=list(PARTS), colors=list(PARTS.values()), step="post", linewidth=0
+    )
+    forward, backward = curves.scans
+    draw_section(axes, forward, top, f"forward scan\n{layers} times")
+    draw_section(axes, backward, top, f"{BACKWARD[name]}\n{layers} times")
+    if name == "plain":
+        draw_section(axes, (backward[1], end), top, "update\nonce")
+    highest = peak(curves)
+    axes.axhline(highest, color="#222222", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.text(sum(backward) / 2, highest, f"peak {highest:.2f}", ha="center", va="bottom")
+    axes.set_title(TITLES[name], loc="left", fontsize="large", pad=10)
+    axes.set(xlim=(0, 1.01 * end), ylim=(0, 1.2 * top))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_section(axes: Axes, section: Interval, top: float, label: str) -> None:
+    """A labelled bracket over some instructions, and thin lines down from its ends."""
+    begin, end = section
+    height = 1.09 * top
+    axes.vlines(section, 0, height, color="#222222", linewidth=0.5, alpha=0.5)
+    axes.hlines(height, begin, end, color="#222222", linewidth=1.2)
+    axes.text((begin + end) / 2, 1.1 * top, label, ha="center", va="bottom", fontsize="small")
+
+
+def draw(steps: dict[str, Curves], layers: int, path: Path) -> None:
+    """Draws all steps into a PNG, on white: it stands on light and on dark pages."""
+    figure = Figure(figsize=(9, 4.4), layout=ConstrainedLayoutEngine(wspace=0.05))
+    top = max(peak(curves) for curves in steps.values())
+    panels = figure.subplots(1, len(steps), sharey=True)
+    for axes, (name, curves) in zip(panels, steps.items(), strict=True):
+        draw_step(axes, name, curves, layers, top)
+    panels[0].set_ylabel("bytes per parameter")
+    figure.supxlabel("instructions of the compiled program, in order", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Compiles both steps, draws them and prints a table in markdown."""
+    parser = ArgumentParser(
+        description="Draws the device memory over the course of a training step, as compiled for "
+        "an H100, plain and with gradient release.",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--setting", choices=OPTIMIZERS, default="7 bytes", help="dtypes of parameters and state")
+    add("--small", action="store_true", help="a small model, to see that this runs")
+    picture = Path(__file__).parent.parent / "docs" / "step_memory.png"
+    add("--output", type=Path, default=picture, metavar="PATH", help="the picture")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
+    jax.config.update("jax_enable_compilation_cache", False)  # what is cached writes nothing down
+    model, layers = (SMALL["mlp"], 4) if options.small else (MODELS["gpt"], 16)
+    optimizer, dtype = OPTIMIZERS[options.setting]
+    params = model.params(layers, dtype)
+    state = jax.eval_shape(optimizer.init, params)
+    batch = jax.ShapeDtypeStruct(model.batch, dtype)
+    steps = {
+        name: measure(step, params, state, batch)
+        for name, step in both_steps(model.loss, optimizer).items()
+    }
+    draw(steps, layers, options.output)
+    print(f"| bytes per parameter | {' | '.join(PARTS)} | peak | set aside |")
+    print("|---" * (len(PARTS) + 3) + "|")
+    for name, curves in steps.items():
+        cells = [*at_peak(curves).values(), peak(curves), curves.allocated]
+        print(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    print(f"\npicture: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
