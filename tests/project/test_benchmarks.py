@@ -77,7 +77,8 @@ def test_bytes_are_those_of_the_formats_and_all_state_is_updated_in_place():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "options", "number"), [("speed.py", ["--rounds", "1"], 2), ("gpu.py", [], 3)]
+    ("script", "options", "number"),
+    [("speed.py", ["--rounds", "1"], 2), ("gpu.py", [], 3), ("release.py", [], 1)],
 )
 def test_tables_of_times_come_out(script, options, number):
     found = printed(script, *options)

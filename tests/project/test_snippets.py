@@ -173,6 +173,16 @@ NOT_RUN = {
     # benchmarks
     f"uv run --group compilers {FLASH} benchmarks/bytes.py --target h100": "needs CUDA's compiler",
     "uv run --group compilers benchmarks/arithmetic.py --sass": "needs CUDA's compiler",
+    "uv run examples/gpt.py --release": "takes minutes: tests/project/test_examples.py",
+    "uv run benchmarks/release.py": "takes minutes: tests/project/test_benchmarks.py",
+    "uv run --group compilers benchmarks/release.py --target v5e": "takes minutes",
+    "uv run --group compilers benchmarks/release.py --target h100": "takes minutes",
+    "uv run --group compilers benchmarks/release.py --target v5e --fit": (
+        "needs a TPU's compiler: tests/compiled/test_released.py"
+    ),
+    "uv run --group compilers benchmarks/step_memory.py": (
+        "needs CUDA's compiler: CI, with --small"
+    ),
     f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
     f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
     f"uv run {FLASH} benchmarks/quality.py": "takes an hour",
