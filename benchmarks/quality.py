@@ -64,25 +64,31 @@ def flash_adamw(settings: argparse.Namespace, steps: int) -> optax.GradientTrans
     """FlashOptim's AdamW, which makes new parameters itself, as an optax transformation."""
     import flashoptim_jax
 
-    optimizer = flashoptim_jax.flash_adamw(
-        mnist.make_schedule(settings.learning_rate, steps),
-        weight_decay=0.0,
-        param_groups=[
-            {"params": lambda path, leaf: leaf.ndim > 1, "weight_decay": mnist.WEIGHT_DECAY}
-        ],
-        fused=False,  # the same arithmetic without its kernels for GPUs
-    )
     clip = optax.clip_by_global_norm(1.0)
+
+    def optimizer(params):
+        kernels = jax.tree.leaves(mnist.is_kernel(params))
+        return flashoptim_jax.flash_adamw(
+            mnist.make_schedule(settings.learning_rate, steps),
+            weight_decay=0.0,
+            param_groups=[
+                {
+                    "params": lambda path, leaf: kernels[path[0]],
+                    "weight_decay": mnist.WEIGHT_DECAY,
+                }
+            ],
+            fused=False,  # the same arithmetic without its kernels for GPUs
+        )
 
     # It compares the structures of its trees, and nnx.Optimizer changes them: it gets lists.
     def init(params):
-        return optimizer.init(jax.tree.leaves(params))
+        return optimizer(params).init(jax.tree.leaves(params))
 
     def update(updates, state, params=None):
         updates, structure = jax.tree.flatten(optax.tree.cast(updates, jnp.float32))
-        params = jax.tree.leaves(params)
+        flash, params = optimizer(params), jax.tree.leaves(params)
         gradients, _ = clip.update(updates, clip.init(params))
-        new_params, state = optimizer.step(params, state, gradients)
+        new_params, state = flash.step(params, state, gradients)
         # In float32 the difference leads to the new parameters again, bit by bit.
         new_params, params = (optax.tree.cast(p, jnp.float32) for p in (new_params, params))
         return structure.unflatten(optax.tree.sub(new_params, params)), state

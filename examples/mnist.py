@@ -94,8 +94,13 @@ class Network(nnx.Module):
 
 
 def is_kernel(params: optax.Params) -> optax.Params:
-    """Which parameters are a layer's kernel, as a tree of booleans: not the biases."""
-    return jax.tree.map(lambda param: param.ndim > 1, params)
+    """Which parameters are a layer's kernel, as a tree of booleans: neither biases nor scales."""
+
+    # By name: where layers are stacked, as in gpt.py, biases have more than one axis too.
+    def has_its_name(path: tuple[Any, ...], _: Any) -> bool:
+        return not any(name in jax.tree_util.keystr(path) for name in ("bias", "scale"))
+
+    return jax.tree_util.tree_map_with_path(has_its_name, params)
 
 
 def make_schedule(learning_rate: float, steps: int) -> optax.Schedule:
@@ -117,7 +122,7 @@ def make_optimizer(settings: argparse.Namespace, steps: int) -> optax.GradientTr
         if (dtype := getattr(settings, moment)) != "float32":
             chosen[moment] = dtype
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
+        adam_jax.clip_by_global_norm(1.0),  # optax's does not go with gpt.py --release
         OPTIMIZERS[name](make_schedule(settings.learning_rate, steps), **chosen),
     )
     # Outermost, so that the whole chain works in float32.
