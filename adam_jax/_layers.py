@@ -40,13 +40,6 @@ class Group(NamedTuple):
     state: list[int]
 
 
-class Part(NamedTuple):
-    """Leaves of a group: gradients, parameters or state, in its order."""
-
-    params: list[Any]
-    state: list[Any]
-
-
 class Updates:
     """What an optimizer does to parameters and state, leaf by leaf and layer by layer.
 

@@ -18,7 +18,7 @@ from adam_jax._checks import keystr
 from adam_jax._clipping import sum_of_squares
 from adam_jax._layers import Group, Updates
 from adam_jax._scan import Leaves, one_layer, scan_layers
-from adam_jax._sharding import zeros_of
+from adam_jax._sharding import barrier
 from adam_jax._state import mask_per_leaf
 from adam_jax._types import Mask
 
@@ -132,12 +132,7 @@ def value_and_update(
         if updates.needs_norm:
             squares: Leaves = []
             _, gradients = backward(lambda places: _Squares(squares))
-            norm = jnp.sqrt(
-                sum(
-                    squares,
-                    start=sum(map(sum_of_squares, gradients), start=jnp.zeros((), jnp.float32)),
-                )
-            )
+            norm = jnp.sqrt(sum([*squares, *map(sum_of_squares, gradients)]))
         new = _New(list(leaves), jax.tree.leaves(state))
         result, gradients = backward(lambda places: _Release(updates, places, new, norm))
         new_params, new_state, shared = updates.of_rest(rest, gradients, norm)
@@ -238,8 +233,10 @@ class _Squares:
         self._squares.append(carry[1])
 
 
-def _before_it_is_written(updated: Any, stacks: Any, place: jax.Array, *args: Any) -> Any:
-    """Returns what a function makes of stacks before a layer of them is overwritten.
+def _before_it_is_written(
+    updated: Any, stacks: Any, place: jax.Array, gradients: Leaves, rest: Any
+) -> Any:
+    """Returns a layer of stacks, updated, and the rest, before anything of it is overwritten.
 
     With all operations free to be fused and put in any order, XLA for CPU copies whole stacks, and
     XLA for GPU writes the words from which it then makes each output anew.
@@ -248,22 +245,24 @@ def _before_it_is_written(updated: Any, stacks: Any, place: jax.Array, *args: An
 
     def on_cpu(*operands: Any) -> Any:
         # A condition that always holds, which the compiler does not know.
-        shapes = jax.eval_shape(updated, *operands)
-        nothing = lambda *_: jax.tree.map(zeros_of, shapes)  # noqa: E731
         return jax.lax.cond(place >= 0, updated, nothing, *operands)
 
+    def nothing(stacks: Any, place: jax.Array, gradients: Leaves, rest: Any) -> Any:
+        return one_layer(stacks, place), jax.tree.map(jnp.zeros_like, rest)
+
     def on_tpu(*operands: Any) -> Any:
-        new, rest = jax.lax.optimization_barrier(updated(*operands))
+        new, rest = barrier(updated(*operands))
         as_stacks = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
         return jax.tree.map(as_stacks, new), rest
 
     return jax.lax.platform_dependent(
         stacks,
         place,
-        *args,
+        gradients,
+        rest,
         cpu=on_cpu,
         tpu=on_tpu,
-        default=lambda *operands: jax.lax.optimization_barrier(updated(*operands)),
+        default=lambda *operands: barrier(updated(*operands)),
     )
 
 

@@ -135,12 +135,38 @@ def divides_layers(x: Any) -> bool:
     return is_explicit(x) and x.ndim > 0 and jax.typeof(x).sharding.spec[0] is not None
 
 
-def zeros_of(like: Any) -> jax.Array:
-    """Returns zeros of the shape, dtype and sharding over explicit axes of an array's type."""
-    sharding, zeros = like.sharding, jnp.zeros(like.shape, like.dtype)
-    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-        return zeros
-    return reshard(zeros, sharding)
+def varying(aval: Any) -> frozenset[Any]:
+    """Returns the axes of a `jax.shard_map` over which an array of this type varies."""
+    if hasattr(aval, "manual_axis_type"):  # since JAX 0.10
+        return aval.manual_axis_type.varying
+    return aval.vma
+
+
+def zeros_of(aval: Any) -> jax.Array:
+    """Returns zeros of a type: its shape and dtype, and where it lies."""
+    zeros = jnp.zeros(aval.shape, aval.dtype)
+    if AxisType.Explicit in aval.sharding.mesh.axis_types:
+        zeros = reshard(zeros, aval.sharding)
+    if axes := tuple(varying(aval)):
+        pcast = getattr(jax.lax, "pcast", None)  # since JAX 0.9
+        return pcast(zeros, axes, to="varying") if pcast else jax.lax.pvary(zeros, axes)  # pyright: ignore[reportAttributeAccessIssue]
+    return zeros
+
+
+def barrier(tree: Any) -> Any:
+    """Returns arrays as they are, behind one `jax.lax.optimization_barrier`.
+
+    In `jax.shard_map`, before JAX 0.11, all that goes through one would vary over the axes over
+    which anything of it does.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    types = [varying(jax.typeof(x)) for x in leaves]
+    for kind in set(types):
+        places = [i for i, x in enumerate(types) if x == kind]
+        behind = jax.lax.optimization_barrier([leaves[i] for i in places])
+        for i, x in zip(places, behind, strict=True):
+            leaves[i] = x
+    return treedef.unflatten(leaves)
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:

@@ -169,7 +169,9 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
 
 def mask_per_leaf(name: str, mask: Mask, params: Any) -> list[Any]:
     """Returns what a mask, a tree prefix or a function to one, says of each parameter."""
-    return per_leaf(name, mask(params) if is_function(node_types(params), mask) else mask, params)
+    values = per_leaf(name, mask(params) if is_function(node_types(params), mask) else mask, params)
+    leaves = jax.tree.leaves(params, is_leaf=is_none)
+    return [value for value, leaf in zip(values, leaves, strict=True) if leaf is not None]
 
 
 def leaves_beside(params: Any, tree: Any, name: str) -> list[Any]:

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from adam_jax._codec import Codec, Moments, Rows, Stored, unit_of_mu
 from adam_jax._moments import real_dtype, saturate
 from adam_jax._rounding import Draw
+from adam_jax._sharding import varying
 from adam_jax._types import Leaf, RealLeaf
 
 
@@ -146,7 +147,7 @@ def _new_rows(
     # The same average, of each row's largest gradient: never less than any of its nu.
     largest = _largest(gradient, codec.narrowest)
     # In `jax.shard_map`, over the axes of the mesh that divide the rows.
-    if divided := _varying(largest) - _varying(old.scale):
+    if divided := varying(jax.typeof(largest)) - varying(jax.typeof(old.scale)):
         largest = jax.lax.pmax(largest, tuple(divided))
     _, scale = algorithm.advance(largest, (jnp.zeros_like(old.scale), old.scale), s)
     root = jnp.sqrt(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
@@ -156,20 +157,12 @@ def _new_rows(
 def check_shard_map() -> None:
     """Raises ValueError inside a `jax.shard_map` that does not track what varies over its axes."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
-    if axes and not _varying(jax.lax.axis_index(axes[0])):
+    if axes and not varying(jax.typeof(jax.lax.axis_index(axes[0]))):
         raise ValueError(
             "moments in int8 have one scale for each row, and with jax.shard_map(check_vma=False) "
             f"nothing tells which of the axes {', '.join(axes)} divide the rows. Leave check_vma "
             "at True."
         )
-
-
-def _varying(x: jax.Array) -> frozenset[Any]:
-    """Returns the axes of a `jax.shard_map` over which x varies."""
-    aval = jax.typeof(x)
-    if hasattr(aval, "manual_axis_type"):  # since JAX 0.10
-        return aval.manual_axis_type.varying
-    return aval.vma
 
 
 def _largest(gradient: Leaf, narrowest: DTypeLike) -> RealLeaf:

@@ -102,6 +102,10 @@ CHAINS = {
     "hyperparameters": lambda: optax.inject_hyperparams(adam_jax.adamw)(2**-10, b1=0.5),
     "optax.adamw": lambda: optax.adamw(2**-10, b1=0.5, b2=1 - 2**-10, weight_decay=2**-7),
     "momentum": lambda: optax.sgd(2**-4, momentum=0.5),
+    "adabelief": lambda: optax.adabelief(2**-7),
+    "lion": lambda: optax.lion(2**-7),
+    "ademamix": lambda: optax.contrib.ademamix(2**-7),
+    "schedule_free": lambda: optax.contrib.schedule_free_adamw(2**-7),
     "decay": lambda: optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.25)),
     "clip": lambda: optax.chain(optax.clip(0.5), optax.sgd(0.25)),
     "groups": lambda: optax.multi_transform(
@@ -327,6 +331,58 @@ def test_state_divided_along_its_layers_is_refused():
         jax.jit(step)(params, state)
 
 
+def test_inside_shard_map():
+    """Gradients are of the mean over devices; the last layers have a cotangent of zero."""
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+    def loss(params, inputs, scan=jax.lax.scan):
+        def block(carry, p):
+            x, unused = carry
+            return (jnp.tanh(x @ p), unused + jnp.sum(x)), jnp.mean(x)
+
+        (x, _), _ = scan(block, (inputs @ params["rest"], inputs[0, 0]), params["blocks"])
+        return jax.lax.pmean(jnp.mean(x**2), "data")
+
+    params = {
+        "blocks": 0.3 * random_tree({"": (LAYERS, 64, 64)})[""],
+        "rest": 0.3 * random_tree({"": (5, 64)})[""],
+    }
+    inputs = random_tree({"": (8, 5)})[""]
+    optimizer = adam_jax.adamw(2**-8, eps=1e-3, **INT8)
+    specs = PartitionSpec(), PartitionSpec(), PartitionSpec("data")
+    results = []
+    for step in steps_of(loss, optimizer):
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+        results.append(jax.jit(mapped)(params, optimizer.init(params), inputs))
+    assert_close(results[1][:2], results[0][:2], 1e-4)
+    assert jnp.all(results[1][1]["blocks"] != params["blocks"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_one_layer_prints_weak_types_and_parameters_that_are_none(dtype, capfd):
+    """What a scan's body may do, in a stack of one layer too; the loss gives a gradient to each."""
+    params = {"w": short_tree({"": (1, 4, 5)}, dtype)[""], "none": None, "empty": jnp.ones((1, 0))}
+
+    def loss(params, x, scan=jax.lax.scan):
+        def block(total, p):
+            jax.debug.print("layer {x}", x=x)
+            return total + jnp.sum(jnp.abs(p["w"]) ** 2) * x + jnp.sum(p["empty"]), None
+
+        policy = jax.checkpoint_policies.everything_saveable
+        return scan(jax.checkpoint(block, policy=policy), 0.0, params)[0]
+
+    optimizer = adam_jax.adam(2**-4, eps=1e-3)
+    layers = {"w": True, "none": True, "empty": True}
+    plain, released = (
+        jax.jit(step)(params, optimizer.init(params), jnp.float32(0.5))
+        for step in steps_of(loss, optimizer, layers)
+    )
+    assert_close(released, plain, 1e-6)
+    assert jnp.all(released[1]["w"] != params["w"])
+    jax.effects_barrier()
+    assert "layer 0.5" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stacks_are_updated_in_place(dtype, remat, standard_promotion):
@@ -377,6 +433,9 @@ COUPLED = {
         "other layers|number of layers",
     ),
     "muon": (optax.contrib.muon(0.1), "layers"),
+    "adafactor": (optax.adafactor(0.1), r"other layers \(reduce_sum\)"),
+    "novograd": (optax.novograd(0.1), "has shape .* and no axis of layers"),
+    "prodigy": (optax.contrib.prodigy(0.1), "depends on"),
     "noise": (optax.noisy_sgd(0.1, key=0), "where it is in the stack|depends on"),
     "sizes": (
         adam_jax.adamw(0.1, mask=lambda params: jax.tree.map(lambda p: p.size > 10_000, params)),
