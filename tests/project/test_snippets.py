@@ -180,9 +180,6 @@ NOT_RUN = {
     "uv run --group compilers benchmarks/release.py --target v5e --fit": (
         "needs a TPU's compiler: tests/compiled/test_released.py"
     ),
-    "uv run --group compilers benchmarks/step_memory.py": (
-        "needs CUDA's compiler: CI, with --small"
-    ),
     f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
     f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
     f"uv run {FLASH} benchmarks/quality.py": "takes an hour",
