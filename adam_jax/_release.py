@@ -35,7 +35,7 @@ def value_and_update(
     layers: Mask,
     has_aux: bool = False,
 ) -> Step:
-    """Makes a training step that never holds the gradients of all layers: gradient release.
+    """Makes a training step with gradient release: it holds one layer's gradients at a time.
 
     A step with `jax.value_and_grad` first has all gradients and then makes the update. Where layers
     are stacked and go through `jax.lax.scan`, the gradients of all of them are one more copy of the

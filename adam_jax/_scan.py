@@ -1,4 +1,4 @@
-"""A scan over layers that hands on each layer's gradient when its backward pass has made it.
+"""A scan over layers whose backward pass hands on one layer's gradients at a time.
 
 `jax.lax.scan` stacks the gradients of all layers. Here one `jax.custom_vjp` around the whole scan
 has a backward pass of its own: a scan in the other direction whose carry is whatever becomes of the
@@ -60,10 +60,10 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Returns what `jax.lax.scan` returns.
 
-    `stacked` says which leaves of `xs` are parameters, whose gradients the consumer gets; `end`
-    gets its carry after the last of them, in the trace that differentiates. The
-    backward pass takes place wherever a result depends on `tick`, a scalar that is differentiated,
-    so also if nothing else is.
+    `stacked` says which leaves of `xs` are parameters, whose gradients the consumer gets. `end`
+    gets the consumer's carry after the last of them, in the trace that differentiates. The backward
+    pass takes place wherever a result depends on `tick`, a scalar that is differentiated: so it
+    does if nothing else is differentiated.
     """
     x_leaves = jax.tree.leaves(xs)
     stack = [x for x, yes in zip(x_leaves, stacked, strict=True) if yes]
