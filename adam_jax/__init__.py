@@ -25,6 +25,9 @@ from adam_jax._master_weights import load_master_params as load_master_params
 from adam_jax._master_weights import master_params as master_params
 from adam_jax._master_weights import master_weights as master_weights
 from adam_jax._release import value_and_update as value_and_update
+from adam_jax._row_sparse import RowSparse as RowSparse
+from adam_jax._row_sparse import RowSparseState as RowSparseState
+from adam_jax._row_sparse import row_sparse as row_sparse
 from adam_jax._sharding import state_shardings as state_shardings
 from adam_jax._statistics import step_statistics as step_statistics
 from adam_jax._storage import Int8Moment as Int8Moment

@@ -1,5 +1,6 @@
 """Adam (Algorithm 1 of Kingma and Ba, arXiv:1412.6980) and its variants that differ in a line."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import optax
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._codec import Moments
 from adam_jax._moments import Blend, Decay, abs_sq, bias_correction, decayed, sqrt
-from adam_jax._step import Algorithm
+from adam_jax._step import Algorithm, Idle, IdleTerms
 from adam_jax._transformation import Variant, descend, scale_by, variant
 from adam_jax._types import Leaf, Mask, Rate, RealLeaf, Scalar, StorageFormats
 
@@ -60,6 +61,36 @@ def _nesterov_direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     return m_hat / (sqrt(v + s.eps_root) + s.eps)
 
 
+def _idle_root(moments: Moments) -> RealLeaf:
+    return sqrt(moments[1])
+
+
+def _idle_terms(s: _Scalars, p1: RealLeaf, p2: RealLeaf) -> IdleTerms:
+    shrunk = jnp.sqrt(p2)
+    return IdleTerms(p1 * s.scale / shrunk, s.eps / shrunk)
+
+
+def _idle_nesterov_terms(s: _Scalars, p1: RealLeaf, p2: RealLeaf) -> IdleTerms:
+    shrunk = jnp.sqrt(p2)
+    return IdleTerms(p1 * s.ahead / shrunk, s.eps / shrunk)
+
+
+def _idle_advance(moments: Moments, p1: RealLeaf, p2: RealLeaf, s: _Scalars) -> Moments:
+    m, v = moments
+    return m * p1, v * p2
+
+
+def _idle_ratio(b1: float, b2: float) -> float:
+    return b1 / math.sqrt(b2) if b2 else math.inf
+
+
+_IDLE = Idle(_idle_root, _idle_terms, _idle_advance, _idle_ratio)
+_ADAM = Algorithm(_scalars, _advance, _direction, _IDLE)
+_NADAM = Algorithm(
+    _scalars, _advance, _nesterov_direction, _IDLE._replace(terms=_idle_nesterov_terms)
+)
+
+
 def _variant(
     b1: Scalar,
     b2: Scalar,
@@ -74,7 +105,7 @@ def _variant(
     check_not_negative("eps", eps)
     check_not_negative("eps_root", eps_root)
     return variant(
-        Algorithm(_scalars, _advance, _nesterov_direction if nesterov else _direction),
+        _NADAM if nesterov else _ADAM,
         {"b1": Decay.of(b1), "b2": Decay.of(b2), "eps": eps, "eps_root": eps_root},
         state=optax.ScaleByAdamState,
         mu_dtype=mu_dtype,

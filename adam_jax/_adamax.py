@@ -1,5 +1,6 @@
 """AdaMax, Algorithm 2 of Kingma and Ba, arXiv:1412.6980, section 7.1."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import optax
 from adam_jax._checks import check_decay, check_not_negative
 from adam_jax._codec import Moments
 from adam_jax._moments import Blend, Decay, bias_correction, decayed
-from adam_jax._step import Algorithm
+from adam_jax._step import Algorithm, Idle, IdleTerms
 from adam_jax._storage import MAXIMUM
 from adam_jax._transformation import Variant, descend, scale_by, variant
 from adam_jax._types import Leaf, Mask, Rate, RealLeaf, Scalar, StorageFormats
@@ -44,6 +45,29 @@ def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     return jnp.where(still, 0, m * s.unbias_m) / jnp.where(still, 1, u)
 
 
+def _idle_root(moments: Moments) -> RealLeaf:
+    _, u = moments
+    return jnp.where(u == 0, 1, u)  # m is 0 there
+
+
+def _idle_terms(s: _Scalars, p1: RealLeaf, p2: RealLeaf) -> IdleTerms:
+    zero = jnp.zeros_like(p2)
+    return IdleTerms(p1 * s.unbias_m / p2, eps=zero, floor=s.eps / p2)
+
+
+def _idle_advance(moments: Moments, p1: RealLeaf, p2: RealLeaf, s: _Scalars) -> Moments:
+    m, u = moments
+    return m * p1, jnp.maximum(u * p2, s.eps)
+
+
+def _idle_ratio(b1: float, b2: float) -> float:
+    return b1 / b2 if b2 else math.inf
+
+
+_IDLE = Idle(_idle_root, _idle_terms, _idle_advance, _idle_ratio)
+_ADAMAX = Algorithm(_scalars, _advance, _direction, _IDLE)
+
+
 def _variant(
     b1: Scalar, b2: Scalar, eps: Scalar, mu_dtype: StorageFormats, nu_dtype: StorageFormats
 ) -> Variant:
@@ -51,7 +75,7 @@ def _variant(
     check_decay("b2", b2)
     check_not_negative("eps", eps)
     return variant(
-        Algorithm(_scalars, _advance, _direction),
+        _ADAMAX,
         {"b1": Decay.of(b1), "b2": Decay.of(b2), "eps": eps},
         state=optax.ScaleByAdamState,
         mu_dtype=mu_dtype,

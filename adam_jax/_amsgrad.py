@@ -8,7 +8,7 @@ import optax
 from adam_jax._checks import check_choice, check_decay, check_not_negative
 from adam_jax._codec import Moments
 from adam_jax._moments import Blend, Decay, abs_sq, bias_correction, decayed, sqrt
-from adam_jax._step import Algorithm
+from adam_jax._step import Algorithm, Idle, IdleTerms
 from adam_jax._storage import MAXIMUM
 from adam_jax._transformation import Variant, descend, scale_by, variant
 from adam_jax._types import Leaf, Rate, RealLeaf, Scalar, StorageFormats
@@ -61,6 +61,27 @@ def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     return m * s.scale / (sqrt(v_max + s.eps_root) + s.eps)
 
 
+def _idle_root(moments: Moments) -> RealLeaf:
+    return sqrt(moments[2])
+
+
+def _idle_terms(s: _Scalars, p1: RealLeaf, p2: RealLeaf) -> IdleTerms:
+    return IdleTerms(p1 * s.scale, jnp.asarray(s.eps))
+
+
+def _idle_advance(moments: Moments, p1: RealLeaf, p2: RealLeaf, s: _Scalars) -> Moments:
+    m, v, v_max = moments  # v only falls, and so does v / (1 - b2^t)
+    return m * p1, v * p2, v_max
+
+
+def _idle_ratio(b1: float, b2: float) -> float:
+    return b1
+
+
+_IDLE = Idle(_idle_root, _idle_terms, _idle_advance, _idle_ratio)
+_AMSGRAD = Algorithm(_scalars, _advance, _direction, _IDLE)
+
+
 def _variant(
     b1: Scalar,
     b2: Scalar,
@@ -78,7 +99,7 @@ def _variant(
     check_not_negative("eps_root", eps_root)
     check_choice("maximum", maximum, ("raw", "corrected"))
     return variant(
-        Algorithm(_scalars, _advance, _direction),
+        _AMSGRAD,
         {
             "b1": Decay.of(b1),
             "b2": Decay.of(b2),

@@ -20,13 +20,37 @@ from adam_jax._sharding import varying
 from adam_jax._types import Leaf, RealLeaf
 
 
+class IdleTerms(NamedTuple):
+    """The direction of a step without a gradient, mu weight / (max(root, floor) + eps).
+
+    mu and root are those of before the first such step.
+    """
+
+    weight: RealLeaf
+    eps: RealLeaf
+    floor: RealLeaf | None = None
+
+
+class Idle(NamedTuple):
+    """What a variant of Adam does in steps without a gradient, of which it can make many at once.
+
+    `p1` and `p2` are the powers b1^j and b2^j after j of them.
+    """
+
+    root: Callable[[Moments], RealLeaf]  # sqrt(nu), or what else is in its place
+    terms: Callable[[Any, RealLeaf, RealLeaf], IdleTerms]  # (scalars at the step, p1, p2)
+    advance: Callable[[Moments, RealLeaf, RealLeaf, Any], Moments]  # (moments, p1, p2, scalars)
+    ratio: Callable[[float, float], float]  # (b1, b2) -> of a direction to the one before
+
+
 class Algorithm(NamedTuple):
     """A variant of Adam, as one leaf sees it."""
 
-    # All three are functions of a module, never closures: jit caches by their identity.
+    # All are functions of a module, never closures: jit caches by their identity.
     scalars: Callable[..., Any]  # (count, **hyperparameters) -> what a step needs of them
     advance: Callable[[Leaf, Moments, Any], Moments]  # (gradient, moments, scalars) -> new moments
     direction: Callable[[Leaf, Moments, Any], Leaf]  # (gradient, new moments, scalars)
+    idle: Idle
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
@@ -143,13 +167,22 @@ def _new_rows(
     A row that was NaN stays so.
     """
     if not codec.nu_is_coded:
-        return codec.sealed(None, jnp.where(jnp.isnan(old.unit), old.unit, unit), old)
+        return sealed_rows(codec, None, old, unit)
     # The same average, of each row's largest gradient: never less than any of its nu.
     largest = _largest(gradient, codec.narrowest)
     # In `jax.shard_map`, over the axes of the mesh that divide the rows.
     if divided := varying(jax.typeof(largest)) - varying(jax.typeof(old.scale)):
         largest = jax.lax.pmax(largest, tuple(divided))
     _, scale = algorithm.advance(largest, (jnp.zeros_like(old.scale), old.scale), s)
+    return sealed_rows(codec, scale, old, unit)
+
+
+def sealed_rows(
+    codec: Codec, scale: RealLeaf | None, old: Rows, unit: RealLeaf
+) -> tuple[Rows, Rows]:
+    """Returns rows with a scale, sealed and opened, given mu's unit in square roots of it."""
+    if scale is None:
+        return codec.sealed(None, jnp.where(jnp.isnan(old.unit), old.unit, unit), old)
     root = jnp.sqrt(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
     return codec.sealed(scale, unit * root, old)
 

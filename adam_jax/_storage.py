@@ -111,21 +111,26 @@ def initial(param: ArrayLike, mu: str | None, nu: str | None, others: int = 0) -
     zeros = [jnp.zeros_like(param, dtype=x) for x in (mu_dtype, *[nu_dtype] * (1 + others))]
     nu_is_coded = nu_dtype == np.uint8
     coded = nu_is_coded, nu_is_coded or mu_dtype == np.int8
-    rows = Rows(*(_rows(param) if yes else jnp.zeros((), jnp.float32) for yes in coded))
+    rows = Rows(
+        *(
+            zeros_along(param, (*shape[:-1], 1), jnp.float32) if yes else jnp.zeros((), jnp.float32)
+            for yes in coded
+        )
+    )
     return Stored(zeros[0], zeros[1], tuple(zeros[2:]), rows)
 
 
-def _rows(param: Any) -> jax.Array:
-    """Returns a zero for each row of a parameter, where the rows are."""
-    shape = (*param.shape[:-1], 1)
+def zeros_along(param: Any, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Returns zeros for the first axes of a parameter, where these are; other axes have size 1."""
     sharding = param.sharding if _is_concrete(param) else jax.typeof(param).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
-        return jnp.zeros(shape, jnp.float32)
-    parts = [*sharding.spec, *[None] * len(shape)][: len(shape) - 1]
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(*parts, None))
+        return jnp.zeros(shape, dtype)
+    parts = zip([*sharding.spec, *[None] * len(shape)], shape, param.shape, strict=False)
+    spec = PartitionSpec(*(part if m == n else None for part, m, n in parts))
+    sharding = NamedSharding(sharding.mesh, spec)
     if _is_concrete(param):
-        return jnp.zeros(shape, jnp.float32, device=sharding)
-    return jax.lax.broadcast(jnp.zeros((), jnp.float32), shape, out_sharding=sharding)
+        return jnp.zeros(shape, dtype, device=sharding)
+    return jax.lax.broadcast(jnp.zeros((), dtype), shape, out_sharding=sharding)
 
 
 def _is_concrete(param: Any) -> bool:

@@ -30,6 +30,7 @@ from adam_jax._checks import (
     leaf_path,
 )
 from adam_jax._codec import Codec, Stored, codec_of
+from adam_jax._replay import Missed, check_replayable, replay
 from adam_jax._rounding import draws
 from adam_jax._sharding import is_explicit, other_sharding, resharded
 from adam_jax._state import leaves_of, node_types, per_leaf, with_leaves
@@ -119,22 +120,32 @@ def descend(
         types = node_types(updates)
         check_states((variant.state, *counts(types)), state)
         direction_state, *decay_states, rate_state = state
-        rate = _at("learning_rate", learning_rate, rate_state, types)
-        rates = per_leaf("learning_rate", rate, updates)
-        decays: list[Any] | None = None
+        masked: list[Any] | None = None
         if weight_decay is not None:
             if params is None:
                 raise ValueError(
                     "weight decay needs the parameters: call update(gradients, state, params)."
                 )
-            decay = _at("weight_decay", weight_decay, decay_states, types)
-            decays = per_leaf("weight_decay", decay, updates)
             if mask is not None:
                 tree = mask(params) if is_function(types, mask) else mask
                 masked = per_leaf("mask", tree, updates)
                 check_mask(functools.partial(leaf_path, updates), masked)
-                decays = [x if yes else None for x, yes in zip(decays, masked, strict=True)]
         positions = extra_args.get("positions", ())
+        missed = extra_args.get("missed")
+        if missed is not None:
+            decay = None if masked == [False] else weight_decay
+            updates, direction_state = _replay(
+                variant, direction_state, params, learning_rate, decay, missed, positions
+            )
+            return updates, (direction_state, *decay_states, rate_state)
+        rate = _at("learning_rate", learning_rate, rate_state, types)
+        rates = per_leaf("learning_rate", rate, updates)
+        decays: list[Any] | None = None
+        if weight_decay is not None:
+            decay = _at("weight_decay", weight_decay, decay_states, types)
+            decays = per_leaf("weight_decay", decay, updates)
+            if masked is not None:
+                decays = [x if yes else None for x, yes in zip(decays, masked, strict=True)]
         updates, direction_state = _update(
             variant, updates, direction_state, params, rates, decays, positions
         )
@@ -174,23 +185,10 @@ def _update(
 
     `positions` are those of `Draw.at`.
     """
-    check_state(variant.state, state)
-    mu_int8, nu_int8 = _has_int8(variant.mu_dtype), _has_int8(variant.nu_dtype)
-    int8 = mu_int8 or nu_int8
-    check_struct(state.nu, mu_int8=mu_int8, nu_int8=nu_int8)
-    if int8:
-        check_shard_map()
     gradient_leaves, treedef = jax.tree.flatten(gradients, is_leaf=is_none)
-    stored_leaves = leaves_of(state, gradients)
-    mu_formats, nu_formats = _formats(variant, gradients)
+    stored_leaves, codecs, int8 = _stored(variant, gradients, state)
     count = jnp.asarray(optax.safe_increment(state.count))
     paths = [functools.partial(leaf_path, gradients, i) for i in range(len(gradient_leaves))]
-    names = variant.state._fields[1:]
-    codecs: list[Codec | None] = []
-    for i, (g, stored) in enumerate(zip(gradient_leaves, stored_leaves, strict=True)):
-        if g is not None:
-            check_leaf(paths[i], g, stored, names, mu_formats[i], nu_formats[i])
-        codecs.append(None if g is None else codec_of(stored))
     param_leaves = gradient_leaves
     explicit = any(is_explicit(x.mu) for x in stored_leaves if x.mu is not None)
     if decays is not None or (explicit and params is not None):
@@ -221,6 +219,66 @@ def _update(
         leaves.append(stored)
     new_state = with_leaves(state._replace(count=count), leaves, gradients, int8=int8)
     return treedef.unflatten(updates), new_state
+
+
+def _stored(
+    variant: Variant, gradients: optax.Updates, state: Any
+) -> tuple[list[Stored], list[Codec | None], bool]:
+    """Returns what a state has of each leaf, checked, its format, and whether any is in int8."""
+    check_state(variant.state, state)
+    mu_int8, nu_int8 = _has_int8(variant.mu_dtype), _has_int8(variant.nu_dtype)
+    check_struct(state.nu, mu_int8=mu_int8, nu_int8=nu_int8)
+    if mu_int8 or nu_int8:
+        check_shard_map()
+    mu_formats, nu_formats = _formats(variant, gradients)
+    names = variant.state._fields[1:]
+    stored_leaves = leaves_of(state, gradients)
+    codecs: list[Codec | None] = []
+    for i, (g, stored) in enumerate(
+        zip(jax.tree.leaves(gradients, is_leaf=is_none), stored_leaves, strict=True)
+    ):
+        if g is not None:
+            path = functools.partial(leaf_path, gradients, i)
+            check_leaf(path, g, stored, names, mu_formats[i], nu_formats[i])
+        codecs.append(None if g is None else codec_of(stored))
+    return stored_leaves, codecs, mu_int8 or nu_int8
+
+
+def _replay(
+    variant: Variant,
+    state: Any,
+    param: Any,
+    learning_rate: Rate,
+    weight_decay: Rate | None,
+    missed: Missed,
+    positions: Sequence[Any],
+) -> tuple[Any, Any]:
+    """The steps that rows of a parameter have missed; the state's count stays as it is."""
+    check_replayable(
+        variant.algorithm.idle,
+        variant.hyperparameters,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
+    missed.made = True
+    [stored], [codec], int8 = _stored(variant, param, state)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    drawn = None
+    if codec is not None and codec.random:
+        [drawn] = draws(1, count)
+        drawn = drawn.at(positions, param)
+    update, stored = replay(
+        variant.algorithm,
+        variant.hyperparameters,
+        stored,
+        param,
+        count,
+        missed.steps,
+        learning_rate,
+        weight_decay,
+        drawn,
+    )
+    return update, with_leaves(state, [stored], param, int8=int8)
 
 
 def _formats(variant: Variant, tree: Any) -> list[list[str | None]]:
