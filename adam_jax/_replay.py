@@ -151,10 +151,10 @@ def _summed(
     decay: Callable[[jax.Array], RealLeaf] | None,
 ) -> tuple[RealLeaf, RealLeaf | None]:
     """Returns what the missed steps sum up to, divided by -mu, and the log of the decay by them."""
-    root = idle.root(moments)
-    dtype = root.dtype
+    _, nu, *_ = moments
+    dtype = nu.dtype
     replayed = _CHUNK * math.ceil(replayed / _CHUNK)
-    of_rows = lambda x: x.reshape(x.shape + (1,) * (root.ndim - 1))  # noqa: E731
+    of_rows = lambda x: x.reshape(x.shape + (1,) * (nu.ndim - 1))  # noqa: E731
 
     def log_factors(steps: jax.Array, made: jax.Array) -> RealLeaf:
         assert decay is not None
@@ -164,6 +164,7 @@ def _summed(
         total, log_factor = carry
         j = i * _CHUNK + 1 + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None]
         steps, made = last + j, j <= missed
+        root = idle.root(moments)  # once for each chunk, rather than kept for all
         terms = idle.terms(scalars_at(steps.astype(dtype)), *powers(j))
         weight = jnp.where(made, rate(steps) * terms.weight, 0)
         if decay is not None:
@@ -179,7 +180,7 @@ def _summed(
 
     zero = jnp.zeros(missed.shape, dtype)
     chunks = -(-jnp.max(jnp.minimum(missed, replayed), initial=0) // _CHUNK)
-    total, log_factor = jax.lax.fori_loop(0, chunks, chunk, (jnp.zeros_like(root), zero))
+    total, log_factor = jax.lax.fori_loop(0, chunks, chunk, (jnp.zeros_like(nu), zero))
     if decay is None:
         return total, None
 

@@ -158,7 +158,8 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
             return state
         zero = lambda x: zeros_along(x, x.shape[:1], jnp.int32)  # noqa: E731
         state = RowSparseState(state, jax.tree.map(zero, table))
-        jax.eval_shape(catch_up, table, state)  # raises if the optimizer is none for it
+        if jax.tree.leaves(table):
+            jax.eval_shape(catch_up, table, state)  # raises if the optimizer is none for it
         return state
 
     def lookup(ids: Any, table: Any, state: Any) -> Any:
@@ -198,7 +199,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
         if exact:
             row, (row_state, last_step) = replayed(row, row_state, rows, table.shape[0])
         updates, row_state = optimizer.update(sums, row_state, row, positions=[rows])
-        row = optax.apply_updates(row, updates)
+        row = _applied(row, updates)
         if last_step is not None:
             row_state = RowSparseState(row_state, last_step + 1)
         return _scattered(rows, (table, state), (row, row_state))
@@ -236,7 +237,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
                 return old
             return jnp.where(none_missed.reshape(-1, *[1] * (old.ndim - 1)), old, new)
 
-        table = chosen(table, optax.apply_updates(table, updates))
+        table = chosen(table, _applied(table, updates))
         last_step = jnp.broadcast_to(count, last_step.shape)
         return table, RowSparseState(jax.tree.map(chosen, inner, new), last_step)
 
@@ -252,23 +253,29 @@ def _in_int32(ids: Ids, vocabulary: int) -> Ids:
 
 
 def _summed(ids: Ids, gradients: Vectors, table: Table) -> tuple[Rows, Vectors]:
-    """Returns the rows that ids name, in ascending order, and the sum of each row's gradients.
+    """Returns the rows that ids name, distinct and ascending, and the sum of each one's gradients.
 
-    There are as many as ids, but no more than the table has. What no id needs is beyond the end of
-    the table, with a gradient of 0.
+    There are as many as ids, but no more than the table has. Those that no id names are beyond the
+    end of the table, and their gradients are 0.
     """
     vocabulary, *row = table.shape
-    slots = min(ids.size, vocabulary)
+    size = min(ids.size, vocabulary)
     ids = _in_int32(ids, vocabulary).reshape(-1)
     order = jnp.argsort(ids)
     ids = ids[order]
+    # Ids out of range come last. If there is no place left for them, they are dropped.
+    places = jnp.cumsum(jnp.diff(ids, prepend=ids[:1]) > 0, dtype=jnp.int32)
     wide = gradients.reshape(-1, *row).astype(arithmetic_dtype(gradients.dtype))
-    # Of rows beyond the end, which come last, those for which there is no slot are dropped.
-    slot = jnp.cumsum(jnp.diff(ids, prepend=ids[:1]) > 0, dtype=jnp.int32)
-    sums = jax.ops.segment_sum(wide[order], slot, slots, indices_are_sorted=True)
-    rows = jax.ops.segment_min(ids, slot, slots, indices_are_sorted=True)
-    beyond = np.int32(vocabulary) + jnp.arange(slots, dtype=jnp.int32)
+    sums = jax.ops.segment_sum(wide[order], places, size, indices_are_sorted=True)
+    rows = jax.ops.segment_min(ids, places, size, indices_are_sorted=True)
+    beyond = np.int32(vocabulary) + jnp.arange(size, dtype=jnp.int32)
     return jnp.where(rows < vocabulary, rows, beyond), sums
+
+
+def _applied(table: Any, updates: Any) -> Any:
+    """Returns a table, or rows of it, with updates added, which may be in a wider dtype."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(table, updates)
 
 
 def _gathered(rows: Rows, table: Table, state: Any) -> tuple[Any, Any]:
@@ -342,14 +349,15 @@ def _checked_ids(ids: Any, table: Any) -> Any:
             f"a table of {vocabulary} rows and {ids.size} ids need numbers of more than 31 bits. "
             "Divide the table into several."
         )
-    if isinstance(ids, Tracer):
+    if isinstance(ids, Tracer) or not getattr(ids, "is_fully_addressable", True):
         return ids
-    outside = (ids < 0) | (ids >= vocabulary)
-    if outside.any():
-        place = np.argwhere(np.asarray(outside))[0]
+    known = np.asarray(ids)  # no tracer in a jitted function either
+    outside = np.argwhere((known < 0) | (known >= vocabulary))
+    if len(outside):
+        place = tuple(map(int, outside[0]))
         raise ValueError(
-            f"ids{list(map(int, place))} is {ids[tuple(place)]}, but the table has {vocabulary} "
-            "rows. In a jitted function ids out of range are ignored."
+            f"ids{list(place)} is {known[place]}, but the table has {vocabulary} rows. Of traced "
+            "ids, in a jitted function, those out of range are ignored."
         )
     return jnp.asarray(ids)
 
@@ -373,8 +381,8 @@ def _check_table(table: Any) -> None:
 
 def _check_row_by_row(state: Any) -> None:
     """Raises ValueError unless an optimizer keeps nothing of a row but moments and remainders."""
-    if type(state) in (tuple, list):
-        for x in state:
+    if type(state) in (tuple, list, dict):
+        for x in state.values() if isinstance(state, dict) else state:
             _check_row_by_row(x)
         return
     if not isinstance(state, _ROW_BY_ROW):

@@ -85,6 +85,8 @@ def state_shardings(
             # Scales have rows in common with the parameter, but not what is in a row.
             same = map(operator.eq, leaf.shape, param.shape)
             parts = [part if yes else None for part, yes in zip(parts, same, strict=True)]
+        elif leaf.shape == param.shape[: leaf.ndim]:  # one for each row, as of `row_sparse`
+            parts = [*param.sharding.spec, *parts][: leaf.ndim]
         return NamedSharding(mesh, PartitionSpec(*parts))
 
     return optax.tree.map_params(
