@@ -16,7 +16,7 @@ from adam_jax._types import Mask, is_masked
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation,
+    optimizer: Any,
     params: Any,
     *,
     axis: str | None = None,
@@ -38,7 +38,8 @@ def state_shardings(
     (reduce-scatter), makes its part of the step, and parameters are gathered (all-gather).
 
     Args:
-        optimizer: any optax gradient transformation, or chain of them.
+        optimizer: any optax gradient transformation, or chain of them; or what `row_sparse`
+            returns, with a table for `params`.
         params: the parameters, with a `jax.sharding.NamedSharding` each: arrays, or
             `jax.ShapeDtypeStruct`s.
         axis: the name of a mesh axis.

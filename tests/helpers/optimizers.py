@@ -153,7 +153,7 @@ ROWS = [
 ]
 
 
-def seven_bytes(learning_rate=1e-2, remainder="int8", **settings):
+def seven_bytes(learning_rate: Any = 1e-2, remainder="int8", **settings):
     """The setting of 7 bytes per parameter: bfloat16 weights, int8 remainder, int8 moments."""
     return adam_jax.master_weights(adam_jax.adamw(learning_rate, **INT8, **settings), remainder)
 
