@@ -67,6 +67,21 @@ def test_linen_mnist_learns():
     assert float(accuracies[-1]) > 90
 
 
+@pytest.mark.slow
+def test_embeddings_are_the_same_from_exact_and_dense_steps(tmp_path):
+    plot = tmp_path / "plots" / "embeddings.png"
+    small = "--rows 1024 --width 8 --batch-size 64 --steps 40"
+    finished = run(f"examples/embeddings.py --compare {small} --output", str(plot))
+    assert finished.returncode == 0, finished.stderr
+    found = re.findall(r"^(lazy|exact|dense) +(\d+\.\d{4})", finished.stdout, re.MULTILINE)
+    bits = {mode: float(number) for mode, number in found}
+    assert bits.keys() == {"lazy", "exact", "dense"}
+    assert bits["exact"] == pytest.approx(bits["dense"], abs=2e-3)
+    assert bits["lazy"] == pytest.approx(bits["dense"], abs=0.1)
+    assert bits["dense"] < 6  # from 8
+    assert plot.stat().st_size > 10_000
+
+
 SEVEN_BYTES = "--param-dtype bfloat16 --remainder int8 --mu-dtype int8 --nu-dtype int8"
 
 
