@@ -128,7 +128,7 @@ def test_lazy_steps_are_what_they_are_defined_as(name):
     actual, _ = run(row_sparse(getattr(adam_jax, name)(**settings)), table, (ids, gradients))
     expected = lazily(name, np.asarray(ids), gradients, table, **settings)
     assert_close(actual, expected, 5e-7)
-    assert np.abs(expected - np.asarray(table)).max() > 0.1
+    assert np.abs(expected - np.asarray(table)).max() > 0.02
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -165,7 +165,7 @@ def test_lazy_steps_equal_torch_s_sparse_adam(setting, dtype):
 
 
 @each_layout
-def test_a_step_of_all_rows_has_the_bits_of_the_plain_step(row):
+def test_a_step_of_all_rows_has_the_bits_of_the_plain_step(row, standard_promotion):
     """Also of some rows, the first time; and no bit of other rows changes."""
     if not takes_rows(row):
         pytest.skip("refused")
@@ -212,6 +212,7 @@ def test_jit_eager_scan_and_vmap_agree(row):
     assert_same_bits((table, state), jax.tree.map(lambda *x: jnp.stack(x), *scanned))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("spec", [("data",), (None, "data"), ("data", "model")], ids=str)
 @pytest.mark.parametrize("kind", ["float32", "five bytes", "exact"])
@@ -255,18 +256,18 @@ def test_gradients_of_an_id_are_summed_in_float32(exact):
     assert_same_bits(rows.update(ids, gradients, table, rows.init(table)), expected)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
 )
 def test_ids_out_of_range_are_ignored_under_jit(dtype, exact, x64):
     """Whatever dtype they have; they never mean another row, and cannot crowd out one."""
-    if dtype.endswith("64") and not x64:
-        pytest.skip("a dtype of x64 mode")
     vocabulary = 20
     rows = row_sparse(adam_jax.adam(0.1), exact)
     table = table_of(vocabulary=vocabulary, width=2)
     state = rows.init(table)
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # of 64 bits in x64 mode only
     info = jnp.iinfo(dtype)
     valid = [3, 19, 0, 3]
     wrong = [max(info.min, -1), info.min, info.max, vocabulary, vocabulary + 3] * 6
@@ -419,7 +420,7 @@ def test_exact_steps_are_those_of_adam_on_the_whole_table(name, rate, betas, sta
     assert_same_bits(found, actual)
     plain, plain_state = run_dense(optimizer, table, batches)
     expected, expected_nu = in_float64(name, RATES[rate], settings)
-    assert np.abs(expected - np.asarray(table)).max() > 0.05
+    assert np.abs(expected - np.asarray(table)).max() > 0.02
 
     def error(table):
         return np.abs(np.asarray(table, np.float64) - expected).max() / np.abs(expected).max()
