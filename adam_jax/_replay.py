@@ -121,6 +121,7 @@ def replay(
             powers,
             lambda step: _at(learning_rate, step, dtype),
             None if weight_decay is None else lambda step: _at(weight_decay, step, dtype),
+            constant=not (callable(learning_rate) or callable(weight_decay)),
         )
         update = -moments[0] * direction
         if log_factor is not None:
@@ -149,6 +150,7 @@ def _summed(
     powers: Callable[[jax.Array], tuple[RealLeaf, RealLeaf]],
     rate: Callable[[jax.Array], RealLeaf],
     decay: Callable[[jax.Array], RealLeaf] | None,
+    constant: bool,
 ) -> tuple[RealLeaf, RealLeaf | None]:
     """Returns what the missed steps sum up to, divided by -mu, and the log of the decay by them."""
     _, nu, *_ = moments
@@ -156,9 +158,9 @@ def _summed(
     replayed = _CHUNK * math.ceil(replayed / _CHUNK)
     of_rows = lambda x: x.reshape(x.shape + (1,) * (nu.ndim - 1))  # noqa: E731
 
-    def log_factors(steps: jax.Array, made: jax.Array) -> RealLeaf:
+    def log_factors(steps: jax.Array) -> RealLeaf:
         assert decay is not None
-        return jnp.where(made, jnp.log1p(-rate(steps) * decay(steps)), 0)
+        return jnp.log1p(-rate(steps) * decay(steps))
 
     def chunk(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         total, log_factor = carry
@@ -168,7 +170,7 @@ def _summed(
         terms = idle.terms(scalars_at(steps.astype(dtype)), *powers(j))
         weight = jnp.where(made, rate(steps) * terms.weight, 0)
         if decay is not None:
-            logs = log_factors(steps, made)
+            logs = jnp.where(made, log_factors(steps), 0)
             later = jnp.cumsum(logs[::-1], axis=0)[::-1] - logs
             weight = weight * jnp.exp(later)
             total = total * of_rows(jnp.exp(later[0] + logs[0]))
@@ -186,11 +188,14 @@ def _summed(
 
     def rest(i: jax.Array, log_factor: jax.Array) -> jax.Array:
         j = replayed + i * _CHUNK + 1 + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None]
-        return log_factor + jnp.sum(log_factors(last + j, j <= missed), axis=0)
+        return log_factor + jnp.sum(jnp.where(j <= missed, log_factors(last + j), 0), axis=0)
 
     left = jnp.maximum(missed - replayed, 0)
-    chunks = -(-jnp.max(left, initial=0) // _CHUNK)
-    log_rest = jax.lax.fori_loop(0, chunks, rest, zero)
+    if constant:
+        log_rest = left.astype(dtype) * log_factors(last)
+    else:
+        chunks = -(-jnp.max(left, initial=0) // _CHUNK)
+        log_rest = jax.lax.fori_loop(0, chunks, rest, zero)
     return total * of_rows(jnp.exp(log_rest)), log_factor + log_rest
 
 
@@ -215,8 +220,8 @@ def _high(x: float) -> float:
 
 
 def _at(rate: Any, steps: jax.Array, dtype: Any) -> RealLeaf:
-    """Returns a rate at steps, which schedules count from 0."""
+    """Returns a rate at steps, which schedules count from 0; of shape () if it is constant."""
     if not callable(rate):
-        return jnp.full(steps.shape, rate, dtype)
+        return jnp.asarray(rate, dtype)
     values: Any = jax.vmap(rate)(steps.reshape(-1) - 1)
     return values.astype(dtype).reshape(steps.shape)
