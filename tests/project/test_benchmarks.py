@@ -90,6 +90,17 @@ def test_tables_of_times_come_out(script, options, number):
             assert float(row[1]) >= 0, row  # a ratio, which may round to 0.00
 
 
+@pytest.mark.slow
+def test_times_of_row_sparse_steps_come_out():
+    of_settings, by_rows, of_missed = printed("row_sparse.py")
+    settings = {row[0].split(": ")[-1] for row in of_settings[2:]}
+    assert {"lazy", "exact", "lazy, int8 moments", "lazy, 5 bytes"} < settings
+    assert len(by_rows) > 5
+    assert len(of_missed) == 2 + 4
+    for row in [*of_settings[2:], *by_rows[2:], *of_missed[2:]]:
+        assert float(row[1]) > 0
+
+
 # Two elements before a loop that runs twice and three elements in it, shortened from a real kernel.
 KERNEL = """
 .text.input_reduce_fusion:

@@ -180,6 +180,8 @@ NOT_RUN = {
     "uv run --group compilers benchmarks/release.py --target v5e --fit": (
         "needs a TPU's compiler: tests/compiled/test_released.py"
     ),
+    "uv run --with torch benchmarks/row_sparse.py": "needs torch: tests/project/test_benchmarks.py",
+    "uv run examples/embeddings.py": "takes minutes: tests/project/test_examples.py",
     f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
     f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
     f"uv run {FLASH} benchmarks/quality.py": "takes an hour",
