@@ -3,6 +3,7 @@
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -290,7 +291,8 @@ def _one_after(sums: Vectors) -> jax.Array:
     What a row's last step becomes depends on no gradient. XLA for CPU would see no reason why it
     should be written after a lookup has read it, and copy it, which takes as long as it is large.
     """
-    first = jnp.real(sums.reshape(sums.shape[0], -1)[:, :1].sum(axis=1)).astype(jnp.float32)
+    size, *row = sums.shape
+    first = jnp.real(sums.reshape(size, math.prod(row))[:, :1].sum(axis=1)).astype(jnp.float32)
     magnitude = jax.lax.bitcast_convert_type(first, jnp.int32) & np.int32(2**31 - 1)
     return 1 + jax.lax.shift_right_logical(magnitude, np.int32(31))
 
