@@ -516,7 +516,7 @@ def test_what_is_rounded_stays_unbiased_over_idle_steps(kind, standard_promotion
     for i, (mean, spread) in enumerate(of_sparse):
         exactly, (dense_mean, _) = np.asarray(desired[i][0], np.float64), of_dense[i]
         bias, dense_bias = rms((mean - exactly) / exactly), rms((dense_mean - exactly) / exactly)
-        assert bias <= max(1.2 * dense_bias, 2 * rms(spread / exactly), 4e-6)
+        assert bias <= 1.2 * dense_bias + 2 * rms(spread / exactly) + 4e-6
 
 
 def test_five_bytes_exactly(standard_promotion):

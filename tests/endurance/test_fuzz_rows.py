@@ -112,5 +112,5 @@ def test_random_steps_are_those_of_the_whole_table(number):
         gradients = jnp.asarray(fuzz.values(rng, name, (40, 32), "float32"))
         expected = whole(ids, gradients, table, state)
         table, state = jax.jit(rows.update)(ids, gradients, table, state)
-        steps = np.abs(np.asarray(expected[0])[ids] - np.asarray(table)[ids])
-        assert steps.max() <= 1e-6
+        # A sum of huge gradients may be infinite, in both.
+        np.testing.assert_allclose(table[ids], expected[0][ids], rtol=0, atol=1e-6)
