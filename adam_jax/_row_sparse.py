@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Complex, Float, Int32, Integer
 
-from adam_jax._checks import check_leaves, check_param, check_state
+from adam_jax._checks import check_leaves, check_param, check_state, keystr
 from adam_jax._master_weights import MasterWeightsState
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._replay import Missed
@@ -167,6 +167,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
         _check_table(table)
         if exact:
             check_state(RowSparseState, state)
+            _check_rows(state, table)
         ids = _checked_ids(ids, table)
         return _in_auto_axes(_lookup, _sharding_of_vectors(ids, table), (ids, table, state))
 
@@ -185,6 +186,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
         if exact:
             check_state(RowSparseState, state)
         _check_row_by_row(state.inner_state if exact else state)
+        _check_rows(state, table)
         ids = _checked_ids(ids, table)
         like = jax.ShapeDtypeStruct(ids.shape + table.shape[1:], table.dtype)
         check_param(tuple, gradients, like)
@@ -210,6 +212,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
         if not exact:
             return table, state
         check_state(RowSparseState, state)
+        _check_rows(state, table)
         return _in_auto_axes(_catch_up, _shardings((table, state)), (table, state))
 
     @jax.jit
@@ -408,6 +411,16 @@ def _check_row_by_row(state: Any) -> None:
             "several batches instead of using optax.MultiSteps."
         )
     _check_row_by_row(getattr(state, "inner_state", ()))
+
+
+def _check_rows(state: Any, table: Any) -> None:
+    """Raises ValueError unless a state has as many rows as the table."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.ndim and leaf.shape[0] != table.shape[0]:
+            raise ValueError(
+                f"state{keystr(path)} has shape {leaf.shape}, but the table has {table.shape[0]} "
+                "rows. Pass the state that init returned for this table."
+            )
 
 
 def _check_whole_step(state: Any) -> None:

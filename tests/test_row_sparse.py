@@ -727,6 +727,20 @@ def test_the_state_of_lazy_steps_is_not_taken_for_that_of_exact_ones():
     assert isinstance(rows.init(table_of()), RowSparseState)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_state_of_another_table_is_refused(exact):
+    rows = row_sparse(ADAM, exact)
+    state = rows.init(table_of(vocabulary=VOCABULARY + 1))
+    message = rf"mu has shape \(201, {WIDTH}\), but the table has 200 rows"
+    with pytest.raises(ValueError, match=message):
+        rows.update(np.array([1]), jnp.ones((1, WIDTH)), table_of(), state)
+    if exact:
+        with pytest.raises(ValueError, match=message):
+            rows.lookup(np.array([1]), table_of(), state)
+        with pytest.raises(ValueError, match=message):
+            rows.catch_up(table_of(), state)
+
+
 def test_complex_tables():
     table = random((20, 3), "complex64")
     ids, gradients = np.array([1, 5, 1]), random((3, 3), "complex64")
