@@ -166,7 +166,7 @@ def _summed(
         total, log_factor = carry
         j = i * _CHUNK + 1 + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None]
         steps, made = last + j, j <= missed
-        root = idle.root(moments)  # once for each chunk, rather than kept for all
+        root = idle.root(moments)  # before the loop, it would take memory until the loop ends
         terms = idle.terms(scalars_at(steps.astype(dtype)), *powers(j))
         weight = jnp.where(made, rate(steps) * terms.weight, 0)
         if decay is not None:

@@ -149,12 +149,12 @@ def held_out_loss(
 
 
 class Result(NamedTuple):
-    """What a training leaves behind."""
+    """The figures of one training run."""
 
     losses: np.ndarray  # of each step, in bits per byte
     held_out: dict[int, float]  # bits per byte after so many steps
     step_time: float  # in seconds, without compilation
-    seconds: float  # of the whole training
+    seconds: float  # of the whole run
     memory: float  # bytes per parameter, for the table and its state
 
 
