@@ -30,12 +30,15 @@ def pytest_addoption(parser):
 
 
 SLOW_FOLDERS = {"compiled", "endurance", "notebooks"}
+LONG_NOTEBOOKS = {"02", "03", "04", "05", "06"}  # each takes minutes
 FAST = {"row": {"adamw", "adamw-int8"}, "remainder": {"int8", "int16"}}
 
 
 def is_fast(item):
     folders = item.path.relative_to(item.config.rootpath).parts
-    if item.get_closest_marker("slow") or SLOW_FOLDERS.intersection(folders):
+    if {"slow", "full"} & {mark.name for mark in item.iter_markers()}:
+        return False
+    if SLOW_FOLDERS.intersection(folders):
         return False
     params = item.callspec.params if hasattr(item, "callspec") else {}
     names = {key: getattr(params[key], "name", params[key]) for key in FAST if key in params}
@@ -49,6 +52,8 @@ def pytest_collection_modifyitems(config, items):
     Marks as fast what is not slow, and in tests of all optimizers or remainders a few of these.
     """
     for item in items:
+        if item.path.suffix == ".ipynb" and item.path.name[:2] in LONG_NOTEBOOKS:
+            item.add_marker("full")
         if is_fast(item):
             item.add_marker("fast")
     if config.getoption("full"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from covering import first
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optimizers import EXACT, INT8, each_layout, seven_bytes
 from trees import assert_close, assert_same_bits, random_tree, short_tree, untyped
@@ -79,6 +80,7 @@ def assert_released_is_plain(optimizer, params, batches, loss=linear_loss, layer
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.covering
 @each_layout
 def test_bit_identical_to_the_plain_step(row, standard_promotion):
     optimizer = row.make(**{k: v for k, v in EXACT.items() if row.takes(k)})
@@ -132,6 +134,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_other_optimizers_and_chains(name, standard_promotion):
     """Equal up to the order in which squares are added up, and to products fused with sums."""
@@ -232,9 +235,13 @@ def model_loss(params, batch, key, scan=jax.lax.scan, unroll=1, remat=False):
 MODEL_LAYERS = {"embed": False, "encoder": True, "decoder": True, "scale": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "remat", "unroll"),
-    [("float32", False, 1), ("float32", True, 2), ("bfloat16", True, 1), ("float16", False, 2)],
+    first(
+        2,
+        [("bfloat16", True, 2), ("float32", False, 1), ("float32", True, 2), ("float16", False, 2)],
+    ),
 )
 def test_a_model_trains_alike(dtype, remat, unroll, standard_promotion):
     loss = functools.partial(model_loss, unroll=unroll, remat=remat)
@@ -291,6 +298,8 @@ def test_vmap_and_derivatives():
     assert np.all(several(plain, factors)[1] != 0)
 
 
+@pytest.mark.slow
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("placement", ["data parallel", "ZeRO-1", "FSDP"])
 def test_meshes_have_the_bits_of_one_device(placement, kind, standard_promotion):

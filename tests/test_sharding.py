@@ -135,6 +135,7 @@ def test_sharded_parameters_need_nothing(row, specs):
 
 
 @pytest.mark.slow
+@pytest.mark.covering
 @each_layout
 def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(row):
     optimizer, dtype = row.make(**EXACT), row.param_dtype

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from covering import first
 from hlo import Program
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from release import MODELS, OPTIMIZERS, both_steps, gpt, mlp, plain_step, products
@@ -52,13 +53,16 @@ def copied_stacks(compiled, params):
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 @pytest.mark.parametrize(
     ("name", "layers", "kind"),
-    [
-        ("square", 16, "7 bytes"),
-        ("mlp", 16, "7 bytes"),
-        ("mlp", 32, "7 bytes"),
-        ("gpt", 16, "7 bytes"),
-        ("mlp", 16, "float32"),
-    ],
+    first(
+        2,
+        [
+            ("mlp", 16, "7 bytes"),
+            ("gpt", 16, "7 bytes"),
+            ("square", 16, "7 bytes"),
+            ("mlp", 32, "7 bytes"),
+            ("mlp", 16, "float32"),
+        ],
+    ),
 )
 def test_one_layer_s_gradients_at_a_time(name, layers, kind, target):
     """Parameters and state are updated in place, with as many products as in the plain step."""
@@ -138,6 +142,7 @@ def collectives(compiled):
     return found
 
 
+@pytest.mark.full
 def test_a_model_fits_that_does_not_with_the_plain_step():
     """2.5e9 parameters, in 17 GB with gradients of all layers, and a chip that has 16."""
     model = gpt(2560, 20, tokens=256)

@@ -110,6 +110,7 @@ def test_a_network_learns_the_same(train):
     assert_same(losses, their_losses, 1e-3, 30)
 
 
+@pytest.mark.full
 @each_network
 def test_a_network_learns_in_seven_bytes(train):
     inner = adam_jax.adam(3e-3, mu_dtype="int8", nu_dtype="int8")
@@ -166,6 +167,7 @@ POSTERIORS = {"numpyro": svi, "blackjax": meanfield_vi, "optimistix": minimise}
 each_posterior = pytest.mark.parametrize("find", POSTERIORS.values(), ids=POSTERIORS)
 
 
+@pytest.mark.full
 @each_posterior
 def test_a_posterior_is_approached_the_same(find):
     """Compared on the way: all optimizers arrive at the same."""
@@ -174,6 +176,7 @@ def test_a_posterior_is_approached_the_same(find):
     assert np.any(np.abs(ours - MEAN) > 0.2 * np.sqrt(np.diag(COVARIANCE)))
 
 
+@pytest.mark.full
 @each_posterior
 def test_a_posterior_is_found_with_moments_in_bfloat16(find):
     mean = find(adam_jax.adam(SCHEDULE, mu_dtype="bfloat16", nu_dtype="bfloat16"), 400)

@@ -19,7 +19,7 @@ gpt.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
     import kills  # which needs what the oldest versions are tested without
 

@@ -11,7 +11,7 @@ import adam_jax
 from adam_jax import _adam, _transformation
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["adamw", "seven bytes", "a new one at each step"])
 def test_nothing_grows_in_3000_eager_steps(name):
     with jax.numpy_dtype_promotion("standard"):

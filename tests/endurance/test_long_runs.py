@@ -84,7 +84,7 @@ def test_the_count_saturates_and_steps_go_on(name):
 STAND_STILL = pytest.mark.xfail(reason="thresholds turn with the count, and stand where it stands")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=STAND_STILL if x in AT_RANDOM else []) for x in long_runs.BOUNDS],

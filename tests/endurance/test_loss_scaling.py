@@ -93,7 +93,7 @@ def train(dtype, optimizer, scale):
     return state, float(jnp.mean(right)), bad_steps
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_float16_with_a_scaled_loss():
     adamw = adam_jax.adamw(3e-3, mu_dtype="int8", nu_dtype="int8")
     in_seven_bytes = master_weights(adamw, "int8")

@@ -38,7 +38,7 @@ def tables(script):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_stress_shows_that_our_formats_hold_and_where_others_fail():
     errors, largest_steps, root_ratios, betas = tables("stress.py")
     assert len(betas) == 11
@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_formats_and_all_state_is_updated_in_place():
     assert table["optax.adam"]["arguments"] == pytest.approx(16, abs=0.002)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("script", "options", "number"),
     [("speed.py", ["--rounds", "1"], 2), ("gpu.py", [], 3), ("release.py", [], 1)],

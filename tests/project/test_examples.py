@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from covering import first
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def test_mnist_learns_in_two_epochs_and_plots(tmp_path):
     assert plot.stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_linen_mnist_learns():
     finished = run("examples/linen_mnist.py --epochs 2")
     assert finished.returncode == 0, finished.stderr
@@ -101,7 +102,7 @@ def scalars(logdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "memory"), [("", 12), (SEVEN_BYTES, 5)])
+@pytest.mark.parametrize(("flags", "memory"), first(1, [(SEVEN_BYTES, 5), ("", 12)]))
 def test_gpt_learns_and_plots(tmp_path, flags, memory):
     plot = tmp_path / "plots" / "gpt.png"
     tiny = "--steps 100 --layers 1 --width 64 --context 32 --learning-rate 0.01"
@@ -131,7 +132,7 @@ def losses(stdout):
     return np.array(found, float)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
     # Printed with 4 digits. Programs whose matrix products are in bfloat16 differ by up to 0.004.
