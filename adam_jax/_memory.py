@@ -1,0 +1,266 @@
+"""How much memory training needs for weights, gradients and optimizer state."""
+
+# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.tree_util import GetAttrKey, tree_leaves_with_path
+
+from adam_jax._checks import check_leaves, keystr
+from adam_jax._sharding import state_shardings
+from adam_jax._state import mask_per_leaf
+from adam_jax._types import KeyPath, Mask, is_masked
+
+_SHOWN = 5  # of the parameters
+_HOST = ("pinned_host", "unpinned_host")
+_OTHER = "other"  # what belongs to no parameter, such as counts
+_OF_INT8 = {"codes": "nu", "units": "scales"}  # fields of `Int8Moment`
+
+
+class ParameterMemory(NamedTuple):
+    """Bytes that one parameter needs on one device.
+
+    Attributes:
+        path: where it is in the tree of parameters.
+        shape: of the whole parameter, on all devices.
+        dtype: of the parameter and of its gradient.
+        weight: bytes of the parameter itself.
+        gradient: bytes of its gradient.
+        state: bytes of its optimizer state, wherever this lies.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    weight: int
+    gradient: int
+    state: int
+
+
+class MemoryUsage(NamedTuple):
+    """Bytes that weights, gradients and optimizer state need on one device. Print it for a table.
+
+    Attributes:
+        size: the number of elements of all parameters, on all devices.
+        weights: bytes of the parameters.
+        gradients: bytes of the gradients.
+        state: bytes of each kind of optimizer state: `mu`, `nu`, `scales` (of int8 moments),
+            `remainder`, or the name that another state has for it; and `other`.
+        host_state: the same for state in host memory.
+        parameters: each parameter by itself, the largest first.
+    """
+
+    size: int
+    weights: int
+    gradients: int
+    state: Mapping[str, int]
+    host_state: Mapping[str, int]
+    parameters: Sequence[ParameterMemory]
+
+    @property
+    def total(self) -> int:
+        """Bytes of device memory."""
+        return self.weights + self.gradients + sum(self.state.values())
+
+    def __str__(self) -> str:
+        per_parameter = lambda size: f"{size / max(self.size, 1):.2f}"  # noqa: E731
+        rows = [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            *self.state.items(),
+            ("on each device", self.total),
+            *((f"{kind}, in host memory", size) for kind, size in self.host_state.items()),
+        ]
+        kinds = _table(
+            [f"{self.size:,} parameters", "bytes", "per parameter"],
+            [(name, _readable(size), per_parameter(size)) for name, size in rows],
+        )
+        largest = _table(
+            ["largest parameters", "dtype", "shape", "weight", "gradient", "state"],
+            [
+                (x.path, str(x.dtype), str(x.shape), *map(_readable, x[-3:]))
+                for x in self.parameters[:_SHOWN]
+            ],
+        )
+        return f"{kinds}\n\n{largest}"
+
+
+def memory_usage(
+    optimizer: Any,
+    params: Any,
+    *,
+    shardings: Any = None,
+    layers: Mask = False,
+) -> MemoryUsage:
+    """Counts the bytes that weights, gradients and optimizer state need on each device.
+
+    Nothing is allocated: parameters can be `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`, of a
+    model that fits nowhere. Activations are not counted; what the compiler says of a whole step is
+    in `step.lower(...).compile().memory_analysis()`.
+
+    Args:
+        optimizer: any optax gradient transformation; or what `row_sparse` returns, with a table
+            for `params`.
+        params: the parameters: arrays, or `jax.ShapeDtypeStruct`s. With a
+            `jax.sharding.NamedSharding` each, a device has its part of them.
+        shardings: those of the state, as from `state_shardings`, if they are not those of the
+            parameters: with `axis` for ZeRO-1, whose gradients are then divided like the state,
+            as by a reduce-scatter. What has a host's `memory_kind` is counted by itself.
+        layers: which parameters are stacked over layers, for `value_and_update`: of their gradients
+            one layer's are there at a time.
+
+    Returns:
+        A `MemoryUsage`. `print` shows it as a table.
+
+    Raises:
+        TypeError: for a parameter of integer dtype, naming its path.
+
+    Examples:
+        >>> import adam_jax, jax, jax.numpy as jnp
+        >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
+        >>> moments = adam_jax.adamw(1e-3, mu_dtype="int8", nu_dtype="int8")
+        >>> print(adam_jax.memory_usage(adam_jax.master_weights(moments, "int8"), params))
+        16,777,216 parameters    bytes  per parameter
+        weights                33.6 MB           2.00
+        gradients              33.6 MB           2.00
+        remainder              16.8 MB           1.00
+        mu                     16.8 MB           1.00
+        nu                     16.8 MB           1.00
+        scales                 32.8 kB           0.00
+        other                      8 B           0.00
+        on each device          117 MB           7.00
+        <BLANKLINE>
+        largest parameters     dtype         shape   weight  gradient    state
+        ['w']               bfloat16  (4096, 4096)  33.6 MB   33.6 MB  50.4 MB
+    """
+    check_leaves("parameter", params)
+    stacked = mask_per_leaf("layers", layers, params)
+    leaves, tree = jax.tree.flatten(params)
+    paths = [path for path, _ in tree_leaves_with_path(params)]
+    state = jax.eval_shape(optimizer.init, params)
+    if shardings is None and leaves and all(isinstance(_place(p), NamedSharding) for p in leaves):
+        shardings = state_shardings(optimizer, params)
+    parts = _parts(optimizer, state, shardings, tree, paths)
+
+    rows = []
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        elements = _elements(leaf.shape, _place(leaf))
+        of_state = [part for part in parts if part.param == i]
+        # A reduce-scatter leaves a device that part of a gradient of which it has the moments.
+        divided = min([elements, *(x.elements for x in of_state if x.shape == leaf.shape)])
+        if stacked[i]:
+            divided = -(-divided // leaf.shape[0])
+        rows.append(
+            ParameterMemory(
+                keystr(path),
+                leaf.shape,
+                leaf.dtype,
+                elements * leaf.dtype.itemsize,
+                divided * leaf.dtype.itemsize,
+                sum(part.bytes for part in of_state),
+            )
+        )
+    kinds = dict.fromkeys(part.kind for part in parts if part.kind != _OTHER)
+    on_device, on_host = (
+        {
+            kind: sum(x.bytes for x in parts if x.kind == kind and x.in_host == in_host)
+            for kind in (*kinds, _OTHER)
+            if any(x.kind == kind and x.in_host == in_host for x in parts)
+        }
+        for in_host in (False, True)
+    )
+    return MemoryUsage(
+        size=sum(leaf.size for leaf in leaves),
+        weights=sum(row.weight for row in rows),
+        gradients=sum(row.gradient for row in rows),
+        state=on_device,
+        host_state=on_host,
+        parameters=sorted(rows, key=lambda row: -(row.weight + row.gradient + row.state)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)  # a leaf of a tree, as no NamedTuple is
+class _Part:
+    """One device's part of a leaf of the state."""
+
+    kind: str
+    shape: tuple[int, ...]  # of the leaf
+    elements: int  # of the part
+    bytes: int
+    in_host: bool
+    param: int | None  # which parameter it belongs to
+
+
+def _parts(
+    optimizer: Any, state: Any, shardings: Any, tree: Any, paths: Sequence[KeyPath]
+) -> list[_Part]:
+    """Returns a device's part of each leaf of a state, given as shapes."""
+    found, state_tree = jax.tree_util.tree_flatten_with_path(state)
+    places = [None] * len(found) if shardings is None else state_tree.flatten_up_to(shardings)
+    parts = []
+    for (_, leaf), place in zip(found, places, strict=True):
+        elements = _elements(leaf.shape, place)
+        in_host = getattr(place, "memory_kind", None) in _HOST
+        size = elements * leaf.dtype.itemsize
+        parts.append(_Part(_OTHER, leaf.shape, elements, size, in_host, None))
+    belong = optax.tree.map_params(
+        optimizer,
+        lambda i, param: i if is_masked(i) else param,
+        state_tree.unflatten(range(len(found))),
+        tree.unflatten(range(len(paths))),
+        transform_non_params=lambda _: None,
+        is_leaf=is_masked,
+    )
+    for i, param in enumerate(state_tree.flatten_up_to(belong)):
+        if param is not None:
+            kind = _kind(found[i][0], paths[int(param)])
+            parts[i] = dataclasses.replace(parts[i], param=param, kind=kind)
+    return parts
+
+
+def _kind(path: KeyPath, param: KeyPath) -> str:
+    """Returns the name of the field of a state that a tree like the parameters is in."""
+    end = len(path) - len(param)
+    if path[end:] != param:  # what belongs to rows has no box around it, as the parameter may have
+        end += 1
+    names = [str(key.name) for key in path[:end] if isinstance(key, GetAttrKey)]
+    return _OF_INT8.get(names[-1], names[-1]) if names else _OTHER
+
+
+def _place(x: Any) -> Any:
+    return getattr(x, "sharding", None)
+
+
+def _elements(shape: tuple[int, ...], place: Any) -> int:
+    """Returns how many elements of an array one device has."""
+    return math.prod(shape if place is None else place.shard_shape(shape))
+
+
+def _readable(size: int) -> str:
+    """Returns a number of bytes with three digits, in decimal units."""
+    if size < 1000:
+        return f"{size} B"
+    scaled, units = size / 1000, iter(["kB", "MB", "GB", "TB", "PB"])
+    unit = next(units)
+    while scaled >= 999.5:
+        scaled, unit = scaled / 1000, next(units)
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{digits}f} {unit}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns lines of aligned columns, the first of which is text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
