@@ -3,7 +3,7 @@
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
 
-import dataclasses
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -148,11 +148,14 @@ def memory_usage(
     if shardings is None and leaves and all(isinstance(_place(p), NamedSharding) for p in leaves):
         shardings = state_shardings(optimizer, params)
     parts = _parts(optimizer, state, shardings, tree, paths)
+    by_param = collections.defaultdict[int | None, list[_Part]](list)
+    for part in parts:
+        by_param[part.param].append(part)
 
     rows = []
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         elements = _elements(leaf.shape, _place(leaf))
-        of_state = [part for part in parts if part.param == i]
+        of_state = by_param[i]
         # A reduce-scatter leaves a device that part of a gradient of which it has the moments.
         divided = min([elements, *(x.elements for x in of_state if x.shape == leaf.shape)])
         if stacked[i]:
@@ -167,15 +170,11 @@ def memory_usage(
                 sum(part.bytes for part in of_state),
             )
         )
-    kinds = dict.fromkeys(part.kind for part in parts if part.kind != _OTHER)
-    on_device, on_host = (
-        {
-            kind: sum(x.bytes for x in parts if x.kind == kind and x.in_host == in_host)
-            for kind in (*kinds, _OTHER)
-            if any(x.kind == kind and x.in_host == in_host for x in parts)
-        }
-        for in_host in (False, True)
-    )
+    on_device: dict[str, int] = {}
+    on_host: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: part.kind == _OTHER):
+        sizes = on_host if part.in_host else on_device
+        sizes[part.kind] = sizes.get(part.kind, 0) + part.bytes
     return MemoryUsage(
         size=sum(leaf.size for leaf in leaves),
         weights=sum(row.weight for row in rows),
@@ -186,8 +185,7 @@ def memory_usage(
     )
 
 
-@dataclasses.dataclass(frozen=True)  # a leaf of a tree, as no NamedTuple is
-class _Part:
+class _Part(NamedTuple):
     """One device's part of a leaf of the state."""
 
     kind: str
@@ -204,13 +202,7 @@ def _parts(
     """Returns a device's part of each leaf of a state, given as shapes."""
     found, state_tree = jax.tree_util.tree_flatten_with_path(state)
     places = [None] * len(found) if shardings is None else state_tree.flatten_up_to(shardings)
-    parts = []
-    for (_, leaf), place in zip(found, places, strict=True):
-        elements = _elements(leaf.shape, place)
-        in_host = getattr(place, "memory_kind", None) in _HOST
-        size = elements * leaf.dtype.itemsize
-        parts.append(_Part(_OTHER, leaf.shape, elements, size, in_host, None))
-    belong = optax.tree.map_params(
+    params = optax.tree.map_params(
         optimizer,
         lambda i, param: i if is_masked(i) else param,
         state_tree.unflatten(range(len(found))),
@@ -218,10 +210,16 @@ def _parts(
         transform_non_params=lambda _: None,
         is_leaf=is_masked,
     )
-    for i, param in enumerate(state_tree.flatten_up_to(belong)):
-        if param is not None:
-            kind = _kind(found[i][0], paths[int(param)])
-            parts[i] = dataclasses.replace(parts[i], param=param, kind=kind)
+    parts = []
+    for (path, leaf), place, param in zip(
+        found, places, state_tree.flatten_up_to(params), strict=True
+    ):
+        param = None if param is None else int(param)  # what belongs to rows may have it in a box
+        kind = _OTHER if param is None else _kind(path, paths[param])
+        elements = _elements(leaf.shape, place)
+        in_host = getattr(place, "memory_kind", None) in _HOST
+        size = elements * leaf.dtype.itemsize
+        parts.append(_Part(kind, leaf.shape, elements, size, in_host, param))
     return parts
 
 

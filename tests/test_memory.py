@@ -155,6 +155,7 @@ def test_parameters_in_boxes():
         adam_jax.memory_usage(seven_bytes(), params) for params in (boxed, nnx.to_pure_dict(boxed))
     ]
     assert usages[0].state == usages[1].state
+    assert [x.state for x in usages[0].parameters] == [x.state for x in usages[1].parameters]
     assert usages[0].state["scales"] == 2 * 4 * (512 + 1)
 
 
