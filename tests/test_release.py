@@ -240,7 +240,7 @@ MODEL_LAYERS = {"embed": False, "encoder": True, "decoder": True, "scale": False
     ("dtype", "remat", "unroll"),
     first(
         2,
-        [("bfloat16", True, 2), ("float32", False, 1), ("float32", True, 2), ("float16", False, 2)],
+        [("bfloat16", True, 1), ("float16", False, 2), ("float32", False, 1), ("float32", True, 2)],
     ),
 )
 def test_a_model_trains_alike(dtype, remat, unroll, standard_promotion):
