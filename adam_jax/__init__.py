@@ -27,6 +27,7 @@ from adam_jax._master_weights import master_weights as master_weights
 from adam_jax._memory import MemoryUsage as MemoryUsage
 from adam_jax._memory import ParameterMemory as ParameterMemory
 from adam_jax._memory import memory_usage as memory_usage
+from adam_jax._offload import offload as offload
 from adam_jax._release import value_and_update as value_and_update
 from adam_jax._row_sparse import RowSparse as RowSparse
 from adam_jax._row_sparse import RowSparseState as RowSparseState

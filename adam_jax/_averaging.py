@@ -14,7 +14,7 @@ from adam_jax._checks import check_decay, check_leaves, check_state
 from adam_jax._master_weights import weights_of
 from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
-from adam_jax._sharding import placed, resharded
+from adam_jax._sharding import fetched, placed, resharded
 from adam_jax._state import applied, leaves_beside, only_state, states_of, unaliased
 from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
@@ -127,7 +127,7 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
 
     def read(param: Any, average: Any) -> Any:
         averages = jax.tree.leaves(average)  # none where it is None or a `MaskedNode`
-        return placed(_read_leaf(param, averages[0], weight), param) if averages else param
+        return placed(_read_leaf(param, fetched(averages[0]), weight), param) if averages else param
 
     leaves, tree = jax.tree.flatten(params)
     averages = leaves_beside(params, found.average, "state.average")

@@ -18,6 +18,7 @@ from adam_jax._master_weights import (
 )
 from adam_jax._moments import Decay, real_dtype, sqrt
 from adam_jax._rounding import Draw, draws
+from adam_jax._sharding import fetched, in_memory_of
 from adam_jax._state import (
     WITH_MOMENTS,
     leaves_of,
@@ -124,7 +125,8 @@ def _converted(state: Any, mu_dtype: StorageFormats, nu_dtype: StorageFormats) -
             path = functools.partial(leaf_path, state.mu, i)
             check_moments(path, leaf, state._fields[1:])
             check_real(path, leaf.mu, mu_formats[i])
-            leaf = _converted_leaf(leaf, mu_formats[i], nu_formats[i], draw, count)
+            new = _converted_leaf(fetched(leaf), mu_formats[i], nu_formats[i], draw, count)
+            leaf = jax.tree.map(functools.partial(in_memory_of, leaf.mu), new)
         leaves.append(leaf)
     int8 = "int8" in [*mu_formats, *nu_formats]
     return with_leaves(state, leaves, state.mu, int8=int8)

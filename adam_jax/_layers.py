@@ -24,7 +24,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import partial_eval
 
 from adam_jax._checks import keystr
-from adam_jax._sharding import divides_layers
+from adam_jax._sharding import device_type, divides_layers
 
 _REMEDY = (
     "Gradient release never has all gradients at once. Clip each layer by itself with "
@@ -100,16 +100,23 @@ class Updates:
         return Group(list(params), sorted({j for i in params for j in self._groups[i].state}))
 
     def of_rest(
-        self, group: Group, gradients: list[Any], norm: Any
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """Returns new parameters and state of leaves that are not stacked, and what is shared."""
-        params = [self._params[i] for i in group.params]
-        state = [self._state[j] for j in group.state]
+        self, group: Group, norm: Any
+    ) -> Callable[..., tuple[list[Any], list[Any], list[Any]]]:
+        """Returns a function of gradients, parameters and state of leaves that are not stacked.
+
+        It returns new parameters and state, and what is shared.
+        """
         run = self._part(self._whole, group, self.shared)
         size = len(group.state)
         positions = [jnp.arange(n, dtype=jnp.int32) for n in self._lengths]
-        params, state = run(gradients, params, state, norm, positions)
-        return params, state[:size], state[size:]
+
+        def of_rest(
+            gradients: list[Any], params: list[Any], state: list[Any]
+        ) -> tuple[list[Any], list[Any], list[Any]]:
+            params, state = run(gradients, params, state, norm, positions)
+            return params, state[:size], state[size:]
+
+        return of_rest
 
     def of_layer(self, group: Group, norm: Any) -> Callable[..., tuple[list[Any], list[Any]]]:
         """Returns a function of one layer's gradients, parameters, state and place."""
@@ -142,7 +149,8 @@ class Updates:
         lengths = {x.shape[0] for x, yes in zip(params, self._stacked, strict=True) if yes}
         positions = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in sorted(lengths)]
         norm = jax.ShapeDtypeStruct((), jnp.float32)
-        return jax.make_jaxpr(update)(list(params), list(params), list(state), norm, positions)
+        types = list(map(device_type, state))
+        return jax.make_jaxpr(update)(list(params), list(params), types, norm, positions)
 
     def _stacks(self) -> list[int]:
         return [i for i, yes in enumerate(self._stacked) if yes]
@@ -153,7 +161,7 @@ class Updates:
         leaf = [1 << k for k in range(params + states)]
         norm = 1 << params + states
         others = len(self._whole.jaxpr.invars) - 2 * params - states - 1
-        found = _sources(self._whole.jaxpr, [*leaf[:params], *leaf, norm, *[0] * others])
+        found = sources(self._whole.jaxpr, [*leaf[:params], *leaf, norm, *[0] * others])
         # The state's leaves that depend on no gradient and no parameter, in any number of steps.
         own = (1 << params) - 1
         shared = set(range(params, params + states))
@@ -226,8 +234,8 @@ class Updates:
     def _check_operations(self, i: int) -> None:
         """Raises ValueError unless layers of a stack are updated as if each were alone."""
         wanted = self._places(self._groups[i])
-        whole, _ = _needed(self._whole.jaxpr, wanted)
-        one, _ = _needed(self._one.jaxpr, wanted)
+        whole, _ = needed(self._whole.jaxpr, wanted)
+        one, _ = needed(self._one.jaxpr, wanted)
         try:
             _compare(whole, one, set(self._lengths))
         except _LayersMixedError as error:
@@ -243,7 +251,7 @@ class Updates:
     def _part(self, traced: ClosedJaxpr, group: Group, shared: Sequence[int]) -> Any:
         size = len(self._params)
         wanted = self._places(group, shared)
-        jaxpr, used = _needed(traced.jaxpr, wanted)
+        jaxpr, used = needed(traced.jaxpr, wanted)
         known = {2 * size + j: self._state[j] for j in self.shared}
 
         def run(gradients: Any, params: Any, state: Any, norm: Any, positions: Any) -> Any:
@@ -272,7 +280,7 @@ def _with_extra_args(optimizer: optax.GradientTransformation) -> Callable[..., A
     return optax.with_extra_args_support(optimizer).update
 
 
-def _needed(jaxpr: Jaxpr, outputs: Collection[int]) -> tuple[Jaxpr, list[bool]]:
+def needed(jaxpr: Jaxpr, outputs: Collection[int]) -> tuple[Jaxpr, list[bool]]:
     """Returns what is needed for some of the outputs, and which inputs it takes."""
     return partial_eval.dce_jaxpr(jaxpr, [k in outputs for k in range(len(jaxpr.outvars))])
 
@@ -282,7 +290,7 @@ def _bits(number: int) -> Iterator[int]:
     return (k for k in range(number.bit_length()) if number >> k & 1)
 
 
-def _sources(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
+def sources(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
     """Returns for each output the set of inputs that it depends on, as the bits of a number."""
     found: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
     of = lambda x: 0 if isinstance(x, Literal) else found.get(x, 0)  # noqa: E731
@@ -294,11 +302,11 @@ def _sources(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
 def _sources_of(eqn: Any, inputs: list[int]) -> list[int]:
     if eqn.primitive.name == "cond":
         index, *operands = inputs
-        branches = [_sources(branch.jaxpr, operands) for branch in eqn.params["branches"]]
+        branches = [sources(branch.jaxpr, operands) for branch in eqn.params["branches"]]
         return [functools.reduce(int.__or__, x, index) for x in zip(*branches, strict=True)]
     called = _jaxprs(eqn)
     if eqn.primitive.name in _CALLS and len(called) == 1:
-        return _sources(called[0], inputs)
+        return sources(called[0], inputs)
     if eqn.primitive.name == "optimization_barrier":
         return inputs
     return [functools.reduce(int.__or__, inputs, 0)] * len(eqn.outvars)

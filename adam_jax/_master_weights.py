@@ -27,7 +27,7 @@ from adam_jax._checks import (
 from adam_jax._landing import CheckLandingState, moved
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import Draw, draws, join, split
-from adam_jax._sharding import placed, resharded
+from adam_jax._sharding import fetched, placed, resharded
 from adam_jax._state import (
     WITH_MOMENTS,
     gathered,
@@ -389,7 +389,7 @@ def _trees(state: MasterWeightsState, params: optax.Params) -> list[tuple[str, A
 
 def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
     """The float32 weight of which a parameter is the upper bits; other parameters as they are."""
-    return _joined(param, remainder) if is_low(param) else param
+    return _joined(param, fetched(remainder)) if is_low(param) else param
 
 
 def _master_like(param: Any) -> Any:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.experimental.layout import Format
 from jax.sharding import NamedSharding
 from jax.tree_util import GetAttrKey, tree_leaves_with_path
 
 from adam_jax._checks import check_leaves, keystr
-from adam_jax._sharding import state_shardings
+from adam_jax._sharding import in_host, state_shardings, types_of
 from adam_jax._state import mask_per_leaf
 from adam_jax._types import KeyPath, Mask, is_masked
 
@@ -144,7 +145,7 @@ def memory_usage(
     stacked = mask_per_leaf("layers", layers, params)
     leaves, tree = jax.tree.flatten(params)
     paths = [path for path, _ in tree_leaves_with_path(params)]
-    state = jax.eval_shape(optimizer.init, params)
+    state = types_of(optimizer.init, params)
     if shardings is None and leaves and all(isinstance(_place(p), NamedSharding) for p in leaves):
         shardings = state_shardings(optimizer, params)
     parts = _parts(optimizer, state, shardings, tree, paths)
@@ -199,9 +200,10 @@ class _Part(NamedTuple):
 def _parts(
     optimizer: Any, state: Any, shardings: Any, tree: Any, paths: Sequence[KeyPath]
 ) -> list[_Part]:
-    """Returns a device's part of each leaf of a state, given as shapes."""
+    """Returns a device's part of each leaf of a state, given as types."""
     found, state_tree = jax.tree_util.tree_flatten_with_path(state)
     places = [None] * len(found) if shardings is None else state_tree.flatten_up_to(shardings)
+    places = [x.sharding if isinstance(x, Format) else x for x in places]
     params = optax.tree.map_params(
         optimizer,
         lambda i, param: i if is_masked(i) else param,
@@ -217,9 +219,9 @@ def _parts(
         param = None if param is None else int(param)  # what belongs to rows may have it in a box
         kind = _OTHER if param is None else _kind(path, paths[param])
         elements = _elements(leaf.shape, place)
-        in_host = getattr(place, "memory_kind", None) in _HOST
+        hosted = in_host(leaf) if place is None else place.memory_kind in _HOST
         size = elements * leaf.dtype.itemsize
-        parts.append(_Part(kind, leaf.shape, elements, size, in_host, param))
+        parts.append(_Part(kind, leaf.shape, elements, size, hosted, param))
     return parts
 
 

@@ -17,8 +17,9 @@ from jax.extend import core
 from adam_jax._checks import keystr
 from adam_jax._clipping import sum_of_squares
 from adam_jax._layers import Group, Updates
+from adam_jax._offload import leaf_by_leaf
 from adam_jax._scan import Leaves, one_layer, scan_layers
-from adam_jax._sharding import barrier
+from adam_jax._sharding import barrier, fetched, in_host, in_memory_of
 from adam_jax._state import mask_per_leaf
 from adam_jax._types import Mask
 
@@ -135,7 +136,12 @@ def value_and_update(
             norm = jnp.sqrt(sum([*squares, *map(sum_of_squares, gradients)]))
         new = _New(list(leaves), jax.tree.leaves(state))
         result, gradients = backward(lambda places: _Release(updates, places, new, norm))
-        new_params, new_state, shared = updates.of_rest(rest, gradients, norm)
+        rest_state = [new.state[j] for j in rest.state]
+        update = updates.of_rest(rest, norm)
+        if any(map(in_host, rest_state)):
+            update = _leaf_by_leaf(update, len(updates.shared))
+        rest_params = [leaves[i] for i in rest.params]
+        new_params, new_state, shared = update(gradients, rest_params, rest_state)
         new.put(rest, new_params, new_state)
         new.put(Group([], updates.shared), [], shared)
         return result, tree.unflatten(new.params), jax.tree.structure(state).unflatten(new.state)
@@ -196,16 +202,44 @@ class _Release:
         """Returns the stacks with one layer updated."""
 
         def updated(carry: Any, place: jax.Array, gradients: Leaves, rest: Any) -> Any:
-            params, state = one_layer(carry, place)
+            params, state = _fetched_layer(carry, place)
             return self._update(gradients, params, state, place), rest
 
         new, rest = _before_it_is_written(updated, carry, place, gradients, rest)
-        write = lambda x, layer: jax.lax.dynamic_update_slice_in_dim(x, layer, place, 0)  # noqa: E731
+
+        def write(x: Any, layer: Any) -> Any:
+            return jax.lax.dynamic_update_slice_in_dim(x, in_memory_of(x, layer), place, 0)
+
         return jax.tree.map(write, carry, tuple(new)), rest
 
     def end(self, carry: tuple[Leaves, Leaves]) -> None:
         """Stores the stacks."""
         self._new.put(self._group, *carry)
+
+
+def _leaf_by_leaf(update: Any, shared: int) -> Any:
+    """Returns an update that fetches one leaf's state at a time from host memory."""
+
+    def fetching(gradients: Leaves, params: Leaves, state: Leaves) -> tuple[Leaves, Leaves, Leaves]:
+        size = len(params)
+
+        def flat(*leaves: Any) -> Leaves:
+            new_params, new_state, others = update(
+                leaves[:size], leaves[size : 2 * size], leaves[2 * size :]
+            )
+            return [*others, *new_params, *new_state]
+
+        over = {shared + i: size + i for i in range(size)}
+        result = leaf_by_leaf(flat, [*gradients, *params], state, over)
+        end = shared + size
+        return result[shared:end], result[end:], result[:shared]
+
+    return fetching
+
+
+def _fetched_layer(stacks: Any, place: jax.Array) -> Any:
+    """Returns a layer of each stack in device memory, of shape (1, ...)."""
+    return fetched(one_layer(stacks, place))
 
 
 class _Squares:
@@ -248,7 +282,7 @@ def _before_it_is_written(
         return jax.lax.cond(place >= 0, updated, nothing, *operands)
 
     def nothing(stacks: Any, place: jax.Array, gradients: Leaves, rest: Any) -> Any:
-        return one_layer(stacks, place), jax.tree.map(jnp.zeros_like, rest)
+        return _fetched_layer(stacks, place), jax.tree.map(jnp.zeros_like, rest)
 
     def on_tpu(*operands: Any) -> Any:
         new, rest = barrier(updated(*operands))

@@ -19,7 +19,7 @@ from adam_jax._checks import check_leaves, check_param, check_state, keystr
 from adam_jax._master_weights import MasterWeightsState
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._replay import Missed
-from adam_jax._sharding import barrier, is_explicit
+from adam_jax._sharding import barrier, in_host, is_explicit
 from adam_jax._state import WITH_MOMENTS, states_of, states_with_moments
 from adam_jax._storage import zeros_along
 
@@ -155,6 +155,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
         _check_table(table)
         state = optimizer.init(table)
         _check_row_by_row(state)
+        _check_memory(state)
         if not exact:
             return state
         zero = lambda x: zeros_along(x, x.shape[:1], jnp.int32)  # noqa: E731
@@ -411,6 +412,15 @@ def _check_row_by_row(state: Any) -> None:
             "several batches instead of using optax.MultiSteps."
         )
     _check_row_by_row(getattr(state, "inner_state", ()))
+
+
+def _check_memory(state: Any) -> None:
+    """Raises ValueError for a state in host memory."""
+    if any(map(in_host, jax.tree.leaves(state))):
+        raise ValueError(
+            "row_sparse cannot take single rows out of host memory. Pass the optimizer without "
+            "offload."
+        )
 
 
 def _check_rows(state: Any, table: Any) -> None:

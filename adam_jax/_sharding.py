@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from adam_jax._checks import keystr
@@ -31,7 +32,8 @@ def state_shardings(
     replicated over the axis, as in data-parallel training, have a state that is not. Of each leaf
     the first dimension that can be divided evenly is, one that is not divided yet if possible. (If
     that is the last one, the scales of int8 moments, one for each row, cost a small collective.) A
-    leaf with no such dimension stays as its parameter is.
+    leaf with no such dimension stays as its parameter is. What `offload` keeps in host memory has a
+    sharding there.
 
     JAX does the rest, if a jitted step is told that its new state is to be sharded so, and its
     parameters as they were: each device gets its part of the sum of the gradients
@@ -47,7 +49,9 @@ def state_shardings(
             dimension is not divided over `axis`, so that each device has its part of each layer.
 
     Returns:
-        A tree shaped like the optimizer's state, of `jax.sharding.NamedSharding`.
+        A tree shaped like the optimizer's state, of `jax.sharding.NamedSharding`. On a TPU, 8-bit
+        arrays in host memory have a `jax.experimental.layout.Format` instead, with the sharding and
+        the layout in which a loop over layers can read them; JAX takes both alike.
 
     Raises:
         ValueError: for a parameter without a `NamedSharding`, naming its path, for parameters on
@@ -75,9 +79,14 @@ def state_shardings(
 
     stacked = jax.tree.structure(params).unflatten(mask_per_leaf("layers", layers, params))
 
-    def of_leaf(leaf: Any, param: Any, stacked: bool) -> Any:
-        if is_masked(leaf):
-            return leaf
+    def of_param(leaf: Any, param: Any, stacked: bool) -> Any:
+        return leaf if is_masked(leaf) else at(leaf, spec(leaf, param, stacked))
+
+    def at(leaf: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return _in_host_memory(sharding, leaf) if in_host(leaf) else sharding
+
+    def spec(leaf: Any, param: Any, stacked: bool) -> PartitionSpec:
         parts = [None] * leaf.ndim
         if leaf.ndim == param.ndim:
             parts = [*param.sharding.spec, *parts][: leaf.ndim]
@@ -88,15 +97,15 @@ def state_shardings(
             parts = [part if yes else None for part, yes in zip(parts, same, strict=True)]
         elif leaf.shape == param.shape[: leaf.ndim]:  # one for each row, as of `row_sparse`
             parts = [*param.sharding.spec, *parts][: leaf.ndim]
-        return NamedSharding(mesh, PartitionSpec(*parts))
+        return PartitionSpec(*parts)
 
     return optax.tree.map_params(
         optimizer,
-        of_leaf,
-        jax.eval_shape(optimizer.init, params),
+        of_param,
+        types_of(optimizer.init, params),
         params,
         stacked,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+        transform_non_params=lambda leaf: at(leaf, PartitionSpec()),
         is_leaf=is_masked,
     )
 
@@ -124,7 +133,8 @@ def resharded(x: Any, like: Any) -> Any:
 
 
 def placed(x: Any, like: Any) -> Any:
-    """Returns an array on the devices where another one of its shape was put."""
+    """Returns an array on the devices where another one of its shape was put, or in host memory."""
+    x = in_memory_of(like, x)
     if isinstance(like, Tracer):
         return resharded(x, like)
     sharding = getattr(like, "sharding", None)
@@ -154,6 +164,52 @@ def zeros_of(aval: Any) -> jax.Array:
         pcast = getattr(jax.lax, "pcast", None)  # since JAX 0.9
         return pcast(zeros, axes, to="varying") if pcast else jax.lax.pvary(zeros, axes)  # pyright: ignore[reportAttributeAccessIssue]
     return zeros
+
+
+def types_of(function: Any, *args: Any) -> Any:
+    """Returns the types of what a function returns: shapes, dtypes, and in which memory."""
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    return jax.tree.structure(shapes).unflatten(jaxpr.out_avals)
+
+
+def in_host(x: Any) -> bool:
+    """Whether an array, or one of its type, is in host memory and not in that of a device."""
+    aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
+    return aval.memory_space is jax.memory.Space.Host
+
+
+def _in_host_memory(sharding: NamedSharding, leaf: Any) -> NamedSharding | Format:
+    """Returns a sharding in host memory, with the layout that a loop can read without a copy."""
+    sharding = sharding.with_memory_kind("pinned_host")
+    mesh = sharding.mesh
+    one_tpu = isinstance(mesh, Mesh) and [x.platform for x in mesh.devices.flat] == ["tpu"]
+    if not one_tpu or leaf.dtype.itemsize > 1 or leaf.ndim < 3:
+        return sharding
+    # As arguments XLA tiles them (32, 128), and in a loop (8, 128): it would copy whole stacks. It
+    # takes no other tiling for arrays on several chips.
+    return Format(Layout(tuple(range(leaf.ndim)), tiling=((8, 128), (4, 1))), sharding)
+
+
+def to_host(x: Any) -> Any:
+    """Returns an array in host memory."""
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def fetched(tree: Any) -> Any:
+    """Returns arrays in device memory."""
+    to_device = lambda x: jax.device_put(x, jax.memory.Space.Device) if in_host(x) else x  # noqa: E731
+    return jax.tree.map(to_device, tree)
+
+
+def in_memory_of(like: Any, x: Any) -> Any:
+    """Returns x in host memory if another array is there."""
+    return to_host(x) if in_host(like) else x
+
+
+def device_type(x: Any) -> Any:
+    """Returns the type of an array if it was in device memory."""
+    aval = jax.typeof(x)
+    return aval.update(memory_space=jax.memory.Space.Device) if in_host(x) else aval
 
 
 def barrier(tree: Any) -> Any:

@@ -19,6 +19,7 @@ from adam_jax._moments import (
     sqrt,
 )
 from adam_jax._rounding import split
+from adam_jax._sharding import fetched
 from adam_jax._state import leaves_of, states_of, states_with_moments, unboxed
 from adam_jax._types import KeyPath, Leaf, RealLeaf, Scalar, is_low, is_none
 
@@ -117,6 +118,7 @@ def step_statistics(
         if update is not None:
             moments, ratio = stored.get(path, (None, None))
             kept = _Kept(moments, ratio, remainders.get(path), old_remainders.get(path))
+            kept = fetched(kept)
             sizes[leaf] = param.size
             means[leaf] = _leaf_means(update, param, kept, infinity_norm, of_masters)
 

@@ -16,6 +16,7 @@ from adam_jax._codec import Moments, codec_of
 from adam_jax._convert import convert_state, written
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import draws
+from adam_jax._sharding import fetched, in_memory_of
 from adam_jax._state import WITH_MOMENTS, leaves_of, states_with_moments, with_leaves
 from adam_jax._storage import Int8Moment
 from adam_jax._types import is_masked
@@ -378,7 +379,8 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
                     )
             dtype = codec_of(like).arithmetic_dtype(np.float32)
             numbers = cast(Moments, tuple(x.astype(dtype) for x in numbers))
-            like = written(numbers, like, draw, count)
+            new = written(numbers, fetched(like), draw, count)
+            like = jax.tree.map(in_memory_of, like, new)
         filled.append(like)
     int8 = isinstance(state.nu, Int8Moment)
     state = state._replace(count=count)

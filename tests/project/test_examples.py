@@ -272,7 +272,9 @@ def test_a_wrong_value_is_one_line(arguments, message, end_of):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", ["_adam", "_convert", "_master_weights", "_memory", "_sharding"])
+@pytest.mark.parametrize(
+    "name", ["_adam", "_convert", "_master_weights", "_memory", "_offload", "_sharding"]
+)
 def test_docstrings(name):
     results = doctest.testmod(importlib.import_module(f"adam_jax.{name}"))
     assert results.attempted > 0
