@@ -2,9 +2,17 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def as_a_user():
+    """JAX as users have it, without the strictness of these tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 import collections
 import functools
-import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
@@ -27,90 +24,18 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 # ------------------------------------------------------------------------------------------ Python
 
 
-@pytest.fixture
-def as_a_user():
-    """JAX as users have it, without the strictness of these tests."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-class Tensor(np.ndarray):
-    """An array with the methods of torch's tensors that `docs/migration.md` needs."""
-
-    def detach(self):
-        return self
-
-    cpu = detach
-
-    def numpy(self):
-        return np.asarray(self)
-
-    def element_size(self):
-        return self.itemsize
-
-    def new_tensor(self, x):
-        return np.asarray(x, self.dtype).view(Tensor)
-
-    def new_zeros(self, shape, device):
-        return np.zeros(shape, self.dtype).view(Tensor)
-
-    def float(self):
-        return self.astype(np.float32)
-
-
-def stand_in_for_torch():
-    """The variables of `docs/migration.md`, as far as it uses them."""
-    rng = np.random.default_rng(0)
-    weights = {
-        name: rng.normal(size=shape).astype(np.float32).view(Tensor)
-        for name, shape in {"fc.weight": (3, 2), "fc.bias": (3,)}.items()
-    }
-    group = {"params": [0, 1], "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
-    state = {
-        "state": {
-            key: {"step": np.float32(7), "exp_avg": w + 1, "exp_avg_sq": w**2}
-            for key, w in enumerate(weights.values())
-        },
-        "param_groups": [group | {"weight_decay": 1e-2, "amsgrad": False}],
-    }
-    return {
-        "torch": SimpleNamespace(tensor=lambda x: x.view(Tensor)),
-        "model": SimpleNamespace(
-            named_parameters=weights.items,
-            load_state_dict=lambda arrays, strict: weights.update(arrays),
-        ),
-        "torch_optimizer": SimpleNamespace(
-            param_groups=state["param_groups"],
-            state_dict=lambda: state,
-            load_state_dict=state.update,
-        ),
-    }
-
-
-def torch_itself():
-    """The same, with a network and an optimizer of torch."""
-    import torch
-
-    model = torch.nn.Sequential()
-    model.add_module("fc", torch.nn.Linear(2, 3))
-    torch_optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 2)).sum().backward()
-    torch_optimizer.step()
-    return {"torch": torch, "model": model, "torch_optimizer": torch_optimizer}
-
-
 def parse(page):
     """A page with its blocks of Python, which share a namespace."""
-    document = Document.parse(str(ROOT / page), PythonCodeBlockParser())
-    if page == "docs/migration.md":
-        has_torch = importlib.util.find_spec("torch")
-        document.namespace.update(torch_itself() if has_torch else stand_in_for_torch())
-    return document
+    return Document.parse(str(ROOT / page), PythonCodeBlockParser())
+
+
+WITH_BLOCKS = [page for page, text in TEXTS.items() if "```" in text]
+WITH_BLOCKS.remove("docs/recipes.md")  # its blocks share nothing: test_recipes.py
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_a_user")
-@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```" in text])
+@pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_python_runs(page):
     """Also what is hidden in comments: the variables of the blocks, and assertions."""
     shown = 0
