@@ -1,5 +1,6 @@
 """Adam for JAX: exact at any precision, composable with optax, one fused pass per leaf."""
 
+from adam_jax._accumulation import accumulated_value_and_grad as accumulated_value_and_grad
 from adam_jax._adam import adam as adam
 from adam_jax._adam import adamw as adamw
 from adam_jax._adam import nadam as nadam

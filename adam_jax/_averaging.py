@@ -15,7 +15,14 @@ from adam_jax._master_weights import weights_of
 from adam_jax._moments import Blend, Decay, arithmetic_dtype, bias_correction, decayed
 from adam_jax._rounding import nearest
 from adam_jax._sharding import fetched, placed, resharded
-from adam_jax._state import applied, leaves_beside, only_state, states_of, unaliased
+from adam_jax._state import (
+    applied,
+    leaves_beside,
+    only_state,
+    states_of,
+    unaliased,
+    with_extra_args,
+)
 from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
 
@@ -69,7 +76,7 @@ def average_params(
         TypeError: in `init`, for a parameter of integer dtype, naming its path.
     """
     check_decay("decay", decay)
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
     b = Decay.of(decay)
 
     def init(params: optax.Params) -> AverageParamsState:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax._checks import check_not_negative, keystr
+from adam_jax._state import with_extra_args
 from adam_jax._types import Leaf, RealLeaf, Scalar
 
 
@@ -45,7 +46,7 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
         Array([[0.6, 0.8],
                [0.3, 0.4]], dtype=float32)
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
 
     def init(params: optax.Params) -> optax.OptState:
         _check_layers(params)

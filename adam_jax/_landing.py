@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from adam_jax._checks import check_state, keystr
-from adam_jax._state import applied
+from adam_jax._state import applied, with_extra_args
 from adam_jax._types import RealLeaf, is_low
 
 
@@ -71,7 +71,7 @@ def check_landing(inner: optax.GradientTransformation) -> optax.GradientTransfor
         ...     print("['w'] is not where" in str(error))
         True
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
 
     def init(params: optax.Params) -> CheckLandingState:
         low = [p for p in jax.tree.leaves(params) if is_low(p)]

@@ -10,7 +10,6 @@ traces consist of the same operations and none of these mixes layers.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from jax.interpreters import partial_eval
 
 from adam_jax._checks import keystr
 from adam_jax._sharding import device_type, divides_layers
+from adam_jax._state import with_extra_args
 
 _REMEDY = (
     "Gradient release never has all gradients at once. Clip each layer by itself with "
@@ -55,7 +55,7 @@ class Updates:
         state: optax.OptState,
         stacked: Sequence[bool],
     ):
-        self._update = _with_extra_args(optimizer)
+        self._update = with_extra_args(optimizer).update
         self._params, self._params_tree = jax.tree.flatten(params)
         self._state, self._state_tree = jax.tree.flatten(state)
         self._stacked = stacked
@@ -267,17 +267,6 @@ class Updates:
             return found[: len(group.params)], found[len(group.params) :]
 
         return run
-
-
-def _with_extra_args(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Returns the function `update`, which takes extra arguments, and may drop them.
-
-    That of `optax.MultiSteps` passes them on, although it is not declared to do so.
-    """
-    kinds = [x.kind for x in inspect.signature(optimizer.update).parameters.values()]
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return optimizer.update
-    return optax.with_extra_args_support(optimizer).update
 
 
 def needed(jaxpr: Jaxpr, outputs: Collection[int]) -> tuple[Jaxpr, list[bool]]:

@@ -37,6 +37,7 @@ from adam_jax._state import (
     states_of,
     unaliased,
     unboxed,
+    with_extra_args,
 )
 from adam_jax._types import Leaf, RealLeaf, Words, is_low, is_masked, is_none
 
@@ -151,7 +152,7 @@ def master_weights(
         Array([ 0.9989999, -1.9989998], dtype=float32)
     """
     check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
 
     def init(params: optax.Params) -> MasterWeightsState:
         check_leaves("parameter", params)
@@ -311,7 +312,7 @@ def load_master_params(
         if is_low(p) and not is_masked(r):
             w = _quiet(jnp.asarray(placed(w, p), jnp.float32))
             p, new = _split_leaf(w, p.dtype, None if r is None else r.dtype)
-            r = placed(new, r)
+            r = None if r is None else placed(new, r)
         else:
             p = placed(jnp.asarray(w, p.dtype), p)
         loaded.append(p)

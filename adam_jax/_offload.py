@@ -21,6 +21,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from adam_jax._layers import needed, sources
 from adam_jax._sharding import barrier, device_type, fetched, in_host, to_host, zeros_of
+from adam_jax._state import with_extra_args
 
 Leaves = list[Any]
 Values = dict[int, Any]  # by their places
@@ -68,7 +69,7 @@ def offload(inner: optax.GradientTransformation) -> optax.GradientTransformation
             f"offload needs JAX 0.10 or later, whose programs can return arrays in host memory, "
             f"and this is {jax.__version__}."
         )
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
 
     def init(params: optax.Params) -> optax.OptState:
         _check_platform()

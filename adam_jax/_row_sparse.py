@@ -20,7 +20,7 @@ from adam_jax._master_weights import MasterWeightsState
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._replay import Missed
 from adam_jax._sharding import barrier, in_host, is_explicit
-from adam_jax._state import WITH_MOMENTS, states_of, states_with_moments
+from adam_jax._state import WITH_MOMENTS, states_of, states_with_moments, with_extra_args
 from adam_jax._storage import zeros_along
 
 Table = Float[Array, "vocabulary *row"] | Complex[Array, "vocabulary *row"]
@@ -149,7 +149,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
                [-0.1,  0.1],
                [ 0. ,  0. ]], dtype=float32)
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = with_extra_args(optimizer)
 
     def init(table: Any) -> Any:
         _check_table(table)

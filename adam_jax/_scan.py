@@ -44,6 +44,10 @@ class Consumer(Protocol):
         """
         ...
 
+    def end(self, carry: Any) -> None:
+        """Takes the carry after the last gradient, in the trace that differentiates."""
+        ...
+
 
 def scan_layers(
     f: Callable[[Any, Any], tuple[Any, Any]],

@@ -1,5 +1,6 @@
 """Between the trees of a state and its leaves."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -172,6 +173,19 @@ def mask_per_leaf(name: str, mask: Mask, params: Any) -> list[Any]:
     values = per_leaf(name, mask(params) if is_function(node_types(params), mask) else mask, params)
     leaves = jax.tree.leaves(params, is_leaf=is_none)
     return [value for value, leaf in zip(values, leaves, strict=True) if leaf is not None]
+
+
+def with_extra_args(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation whose update takes extra arguments, and may drop them.
+
+    That of `optax.MultiSteps` passes them on, although it is not declared to do so.
+    """
+    kinds = [x.kind for x in inspect.signature(inner.update).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    return optax.with_extra_args_support(inner)
 
 
 def leaves_beside(params: Any, tree: Any, name: str) -> list[Any]:

@@ -1,9 +1,11 @@
 """Compiled for a TPU and a GPU, gradient release has one layer's gradients and copies no stack."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from accumulation import account, ways
 from covering import first
 from hlo import Program
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -81,6 +83,21 @@ def test_one_layer_s_gradients_at_a_time(name, layers, kind, target):
     assert untyped(plain.memory_analysis()).temp_size_in_bytes / size > gradients
     assert copied_stacks(released, params) == []
     assert products(released) == products(plain) > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "buffer"),
+    first(
+        2,
+        [("v5e", "bfloat16"), ("h100", "float32"), ("v5e", "float32"), ("h100", "bfloat16")],
+    ),
+)
+def test_accumulated_gradients_are_in_one_buffer(target, buffer):
+    """With a layer's gradients and activations beside it, and no other tree of gradients."""
+    way = ways()[f"accumulated_value_and_grad, layers=True, {buffer}"]
+    _, temporaries, _ = map(float, account(target, *way))
+    size = jnp.dtype(buffer).itemsize
+    assert size <= temporaries < size + 8 / 16  # of 16 layers
 
 
 @pytest.mark.covering

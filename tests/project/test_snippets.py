@@ -100,6 +100,8 @@ NOT_RUN = {
     "uv run --group compilers benchmarks/arithmetic.py --sass": "needs CUDA's compiler",
     "uv run examples/gpt.py --release": "takes minutes: tests/project/test_examples.py",
     "uv run benchmarks/release.py": "takes minutes: tests/project/test_benchmarks.py",
+    "uv run --group compilers benchmarks/accumulation.py --target v5e": "takes minutes",
+    "uv run --group compilers benchmarks/accumulation.py --target h100": "takes minutes",
     "uv run --group compilers benchmarks/release.py --target v5e": "takes minutes",
     "uv run --group compilers benchmarks/release.py --target h100": "takes minutes",
     "uv run --group compilers benchmarks/release.py --target v5e --fit": (
