@@ -156,8 +156,11 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
             is_leaf=is_none,
         )
     except ValueError as error:
+        kind, other = type(tree).__name__, type(prefix).__name__
+        remedy = f" The parameters are in a {kind}, and this is in a {other}: put it into a {kind}."
         raise ValueError(
             f"{name} must be one value or a tree prefix of the parameters: {error}"
+            f"{remedy if kind != other else ''}"
         ) from error
     values = jax.tree.leaves(spread, is_leaf=is_none)
     for i, leaf in enumerate(jax.tree.leaves(tree, is_leaf=is_none)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from trees import untyped
 
 import adam_jax
@@ -139,6 +140,15 @@ def test_a_tree_of_weight_decays():
             np.testing.assert_allclose(actual, desired, rtol=1e-6)
     with pytest.raises(ValueError, match="weight_decay must be one value or a tree prefix"):
         update(adam_jax.adamw(0.1, weight_decay={"conv": 0.1}), PARAMS)
+
+
+def test_a_tree_of_rates_in_another_container():
+    """As for the State in which Flax NNX has parameters."""
+    rates = {"dense": 0.1}
+    params = nnx.State(PARAMS)
+    with pytest.raises(ValueError, match="in a State, and this is in a dict: put it into a State"):
+        update(adam_jax.adam(rates), params)
+    update(adam_jax.adam(nnx.State(rates)), params)
 
 
 def test_a_weight_decay_schedule():
