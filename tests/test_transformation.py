@@ -147,8 +147,8 @@ def test_a_tree_of_rates_in_another_container():
     rates = {"dense": 0.1}
     params = nnx.State(PARAMS)
     with pytest.raises(ValueError, match="in a State, and this is in a dict: put it into a State"):
-        update(adam_jax.adam(rates), params)
-    update(adam_jax.adam(nnx.State(rates)), params)
+        update(adam_jax.adam(rates), params, params)
+    update(adam_jax.adam(nnx.State(rates)), params, params)
 
 
 def test_a_weight_decay_schedule():
