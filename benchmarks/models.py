@@ -1,0 +1,186 @@
+"""GPT-2 and Llama 3.1 as plain functions of stacked parameters, for programs that are compiled.
+
+Everything that a user of a large model does to save memory is done here:
+
+- layers are stacked and scanned, with `jax.checkpoint` around each: of the forward pass only the
+  input of each layer is kept;
+- matrix products are in bfloat16. Parameters in float32 are cast layer by layer, inside the scan;
+- attention is computed for 256 queries at a time, and again in the backward pass, so that no
+  layer's scores are there for all queries at once. (Fused kernels take still less.)
+- the loss is computed for 256 tokens at a time, likewise: logits of 2048 tokens and Llama's
+  vocabulary would take 1 GB in float32, and their gradients as much again.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+CHUNK = 256  # tokens
+COMPUTED = jnp.bfloat16
+Params = dict[str, Any]
+
+
+class Weight(NamedTuple):
+    """A weight's shape, and the dimension that is divided over a mesh (FSDP)."""
+
+    shape: tuple[int, ...]
+    divided: int
+
+
+class Model(NamedTuple):
+    """A decoder-only transformer: GPT-2 if it has learned positions, else a Llama."""
+
+    layers: int
+    width: int
+    heads: int
+    key_value_heads: int
+    mlp: int
+    vocabulary: int
+    positions: int = 0
+
+    @property
+    def gpt2(self) -> bool:
+        """Whether it has LayerNorm, GELU and tied embeddings; or RMSNorm, SwiGLU and a head."""
+        return self.positions > 0
+
+    @property
+    def stacked(self) -> dict[str, bool]:
+        """Which parameters are stacked over layers: `layers` of `value_and_update`."""
+        return {name: name == "blocks" for name in self.weights()}
+
+    def weights(self) -> dict[str, Any]:
+        """The shapes of all parameters."""
+        key_value = self.width // self.heads * self.key_value_heads
+        block = {
+            "query": (self.width, self.width),
+            "key": (self.width, key_value),
+            "value": (self.width, key_value),
+            "out": (self.width, self.width),
+            "up": (self.width, self.mlp),
+            "down": (self.mlp, self.width),
+        }
+        if self.gpt2:
+            biases = {f"{name}_bias": shape[1:] for name, shape in block.items()}
+            norms = {"attention_norm": (2, self.width), "mlp_norm": (2, self.width)}
+            ends = {
+                "embedding": (self.vocabulary, self.width),
+                "positions": (self.positions, self.width),
+                "norm": (2, self.width),
+            }
+            block |= biases
+        else:
+            norms = {"attention_norm": (self.width,), "mlp_norm": (self.width,)}
+            ends = {
+                "embedding": (self.vocabulary, self.width),
+                "norm": (self.width,),
+                "head": (self.width, self.vocabulary),
+            }
+            block |= {"gate": (self.width, self.mlp)}
+        blocks = {name: (self.layers, *shape) for name, shape in (block | norms).items()}
+        return ends | {"blocks": blocks}
+
+    def params(self, dtype: Any) -> Params:
+        """Shapes and dtypes of all parameters."""
+        return jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+            self.weights(),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+
+    def loss(self, params: Params, tokens: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
+        """The mean cross-entropy of each token of (batch, length + 1) after those before it."""
+        x = params["embedding"][tokens[:, :-1]].astype(COMPUTED)
+        if self.gpt2:
+            x += params["positions"][: x.shape[1]].astype(COMPUTED)
+        block = jax.checkpoint(self.block, prevent_cse=False)
+        x, _ = scan(lambda x, p: (block(x, p), None), x, params["blocks"])
+        x = self.norm(x, params["norm"])
+        head = params["embedding"].T if self.gpt2 else params["head"]
+
+        def part(x: jax.Array, labels: jax.Array) -> jax.Array:
+            logits = (x @ head.astype(COMPUTED)).astype(jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+        return jnp.mean(in_chunks(part, x, tokens[:, 1:]))
+
+    def block(self, x: jax.Array, p: Params) -> jax.Array:
+        """A layer: attention and an MLP, each after a norm and added to its input."""
+        p = jax.tree.map(lambda w: w.astype(COMPUTED), p)
+
+        def dense(x: jax.Array, name: str) -> jax.Array:
+            x = x @ p[name]
+            return x + p[f"{name}_bias"] if self.gpt2 else x
+
+        normed = self.norm(x, p["attention_norm"])
+        split = lambda x: x.reshape(*x.shape[:2], -1, self.width // self.heads)  # noqa: E731
+        query, key, value = (split(dense(normed, name)) for name in ("query", "key", "value"))
+        if not self.gpt2:
+            query, key = rotated(query), rotated(key)
+        x = x + dense(attend(query, key, value).reshape(x.shape), "out")
+        normed = self.norm(x, p["mlp_norm"])
+        up = dense(normed, "up")
+        up = jax.nn.gelu(up) if self.gpt2 else up * jax.nn.silu(dense(normed, "gate"))
+        return x + dense(up, "down")
+
+    def norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """LayerNorm, whose scale and bias come in one array, or RMSNorm."""
+        wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+        if self.gpt2:
+            wide = jax.nn.standardize(wide) * scale[0] + scale[1]
+            return wide.astype(x.dtype)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-5)
+        return (wide * scale).astype(x.dtype)
+
+
+def rotated(x: jax.Array) -> jax.Array:
+    """Rotary positions."""
+    half = x.shape[-1] // 2
+    rates = 500_000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None, None] * rates
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal attention of (batch, length, heads, width); fewer heads of keys and values."""
+    batch, length, _, width = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, width)
+
+    def part(query: jax.Array, places: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bqkgw,btkw->bkgqt", query, key).astype(jnp.float32)
+        past = places[:, None, None, :, None] >= jnp.arange(length)
+        weights = jax.nn.softmax(jnp.where(past, scores / math.sqrt(width), -jnp.inf))
+        return jnp.einsum("bkgqt,btkw->bqkgw", weights.astype(value.dtype), value)
+
+    places = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return in_chunks(part, query, places)
+
+
+def in_chunks(part: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """What a function of (batch, length, ...) returns, a few of the length at a time.
+
+    Nothing in it is kept for the backward pass.
+    """
+    batch, length, *_ = arrays[0].shape
+    size = min(CHUNK, length)
+    assert length % size == 0
+    split = [
+        jnp.moveaxis(x.reshape(batch, length // size, size, *x.shape[2:]), 1, 0) for x in arrays
+    ]
+    checkpointed = jax.checkpoint(part, prevent_cse=False)
+    found = jax.lax.map(lambda x: checkpointed(*x), tuple(split))
+    return jnp.moveaxis(found, 0, 1).reshape(batch, length, *found.shape[3:])
+
+
+MODELS = {
+    "GPT-2 124M": Model(12, 768, 12, 12, 3072, 50257, positions=1024),
+    "GPT-2 1.5B": Model(48, 1600, 25, 25, 6400, 50257, positions=1024),
+    "Llama 3.1 8B": Model(32, 4096, 32, 8, 14336, 128256),
+    "Llama 3.1 70B": Model(80, 8192, 64, 8, 28672, 128256),
+}
