@@ -8,7 +8,9 @@ Everything that a user of a large model does to save memory is done here:
 - attention is computed for 256 queries at a time, and again in the backward pass, so that no
   layer's scores are there for all queries at once. (Fused kernels take still less.)
 - the loss is computed for 256 tokens at a time, likewise: logits of 2048 tokens and Llama's
-  vocabulary would take 1 GB in float32, and their gradients as much again.
+  vocabulary would take 1 GB in float32, and their gradients as much again;
+- on a mesh with explicit axes, over which tokens are divided, divided weights are gathered where
+  they are used: those of one layer at a time.
 """
 
 import functools
@@ -19,17 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 CHUNK = 256  # tokens
 COMPUTED = jnp.bfloat16
 Params = dict[str, Any]
-
-
-class Weight(NamedTuple):
-    """A weight's shape, and the dimension that is divided over a mesh (FSDP)."""
-
-    shape: tuple[int, ...]
-    divided: int
 
 
 class Model(NamedTuple):
@@ -47,6 +43,11 @@ class Model(NamedTuple):
     def gpt2(self) -> bool:
         """Whether it has LayerNorm, GELU and tied embeddings; or RMSNorm, SwiGLU and a head."""
         return self.positions > 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence: GPT-2's context, or 2048."""
+        return self.positions or 2048
 
     @property
     def stacked(self) -> dict[str, bool]:
@@ -94,23 +95,24 @@ class Model(NamedTuple):
 
     def loss(self, params: Params, tokens: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
         """The mean cross-entropy of each token of (batch, length + 1) after those before it."""
-        x = params["embedding"][tokens[:, :-1]].astype(COMPUTED)
+        x = rows(gathered(params["embedding"]), tokens[:, :-1]).astype(COMPUTED)
         if self.gpt2:
-            x += params["positions"][: x.shape[1]].astype(COMPUTED)
+            x += gathered(params["positions"])[: x.shape[1]].astype(COMPUTED)
         block = jax.checkpoint(self.block, prevent_cse=False)
         x, _ = scan(lambda x, p: (block(x, p), None), x, params["blocks"])
-        x = self.norm(x, params["norm"])
+        x = self.norm(x, gathered(params["norm"]))
         head = params["embedding"].T if self.gpt2 else params["head"]
+        head = gathered(head.astype(COMPUTED))
 
         def part(x: jax.Array, labels: jax.Array) -> jax.Array:
-            logits = (x @ head.astype(COMPUTED)).astype(jnp.float32)
+            logits = (x @ head).astype(jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
         return jnp.mean(in_chunks(part, x, tokens[:, 1:]))
 
     def block(self, x: jax.Array, p: Params) -> jax.Array:
         """A layer: attention and an MLP, each after a norm and added to its input."""
-        p = jax.tree.map(lambda w: w.astype(COMPUTED), p)
+        p = jax.tree.map(lambda w: gathered(w.astype(COMPUTED)), p)
 
         def dense(x: jax.Array, name: str) -> jax.Array:
             x = x @ p[name]
@@ -135,6 +137,25 @@ class Model(NamedTuple):
             return wide.astype(x.dtype)
         wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-5)
         return (wide * scale).astype(x.dtype)
+
+
+def on_a_mesh(x: jax.Array) -> bool:
+    """Whether an array is on a mesh with explicit axes."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """The whole weight on each device. Backwards, its gradients are added up and divided."""
+    return reshard(weight, PartitionSpec()) if on_a_mesh(weight) else weight
+
+
+def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows of a table, divided over devices as their ids are."""
+    if not on_a_mesh(ids):
+        return table[ids]
+    sharding = jax.typeof(ids).sharding
+    spec = PartitionSpec(*sharding.spec, None)
+    return table.at[ids].get(out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def rotated(x: jax.Array) -> jax.Array:
@@ -179,8 +200,12 @@ def in_chunks(part: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
 
 
 MODELS = {
-    "GPT-2 124M": Model(12, 768, 12, 12, 3072, 50257, positions=1024),
-    "GPT-2 1.5B": Model(48, 1600, 25, 25, 6400, 50257, positions=1024),
-    "Llama 3.1 8B": Model(32, 4096, 32, 8, 14336, 128256),
-    "Llama 3.1 70B": Model(80, 8192, 64, 8, 28672, 128256),
+    "gpt2-124m": Model(12, 768, 12, 12, 3072, 50257, positions=1024),
+    "gpt2-1.5b": Model(48, 1600, 25, 25, 6400, 50257, positions=1024),
+    "llama-8b": Model(32, 4096, 32, 8, 14336, 128256),
+    "llama-70b": Model(80, 8192, 64, 8, 28672, 128256),
+}
+SMALL = {  # to see that everything runs
+    "gpt2": Model(2, 128, 2, 2, 512, 1000, positions=256),
+    "llama": Model(2, 256, 4, 2, 512, 1024),
 }

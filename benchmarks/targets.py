@@ -17,8 +17,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 HERE = "here"
-PLATFORMS = {"h100": "cuda", "v5e": "tpu"}
+PLATFORMS = {"h100": "cuda", "v5e": "tpu", "v5p": "tpu"}
 TARGETS = [HERE, *PLATFORMS]
+SMALLEST = {"v5e": "2x2", "v5p": "2x2x1"}  # topologies: no smaller ones can be asked for
 
 
 def parse_target(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -45,14 +46,15 @@ def compile_for(target: str, function: Any, *args: Any, **options: Any) -> Any:
 
 
 def devices(target: str) -> list[Any]:
-    """The devices that the compiler is told about."""
-    if target == "v5e":
-        return tpu("v5e:2x2")
+    """The devices that the compiler is told about: "h100:8" are eight in one machine."""
+    chip, _, topology = target.partition(":")
+    if PLATFORMS[chip] == "tpu":
+        return tpu(target if topology else f"{chip}:{SMALLEST[chip]}")
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         target_config=Path(__file__).with_name("h100.textproto").read_text(),
-        topology="1x1x1",
+        topology=f"1x1x{topology or 1}",
     ).devices
 
 
