@@ -291,6 +291,26 @@ def train(
     return Result(nnx.merge(graph, carry[0]), np.array(losses, np.float32), by_step, speed, memory)
 
 
+def memory_needed(settings: argparse.Namespace) -> str:
+    """The memory that training keeps for parameters, in a line; nothing is allocated."""
+
+    def params() -> Any:
+        model = GPT(settings.layers, settings.width, settings.context, nnx.Rngs(settings.seed))
+        return optax.tree.cast(nnx.to_pure_dict(nnx.state(model)), settings.param_dtype)
+
+    usage = adam_jax.memory_usage(
+        make_optimizer(settings, settings.steps),
+        jax.eval_shape(params),
+        layers=SCANNED if settings.release else False,
+    )
+    parts = {"weights": usage.weights, "gradients": usage.gradients, **usage.state}
+    shown = ", ".join(f"{part} {count / usage.size:.2f}" for part, count in parts.items())
+    return (
+        f"{usage.size:,} parameters, {usage.total / 1e6:.1f} MB without activations. "
+        f"Bytes per parameter: {shown}"
+    )
+
+
 def sample(model: GPT, prompt: bytes, temperature: float, context: int, key: jax.Array) -> bytes:
     """The prompt and what the model writes after it."""
 
@@ -386,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"Python {platform.python_version()}'s standard library: {len(text[0]):,} bytes, "
         f"and {len(text[1]):,} held out"
     )
+    print(memory_needed(args))
     model, losses, held_out, speed, memory = train(args, text)
     kept = (
         f"{args.param_dtype} parameters, remainder {args.remainder}, "
