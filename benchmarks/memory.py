@@ -6,34 +6,35 @@
 
 Compiles forward pass, backward pass and update of the models in `models.py` for H100s, v5es and
 v5ps, which need not be here, and prints what the compiler sets aside on each device. No array is
-made. Without options it does so for all `CASES`; a model and a target may be any two. "h100:8" are
-eight GPUs, "v5p:4x4x4" 64 chips: each of them has its part of parameters, gradients and state
+made. Without options it does so for all `CASES`. A model and a target may be any two: "h100:8" are
+eight GPUs, "v5p:4x4x4" 64 chips. Each of them has its part of parameters, gradients and state
 (FSDP), or with --zero of the state alone (ZeRO-1).
 
 On each device is one sequence, of 2048 tokens, or GPT-2's 1024; --batch puts more there. Layers are
 recomputed in the backward pass. Matrix products are in bfloat16 in all settings. Parameters and
 state are donated. "5 bytes" and "float32, released" are steps that `adam_jax.value_and_update`
-makes. The columns:
+makes. The columns, in GB on each device:
 
 - peak: arguments + outputs - aliased + temporaries, by the compiler's account of the program. On a
-  TPU that is memory for data in HBM. Of a program that needs more than a chip has, the compiler for
-  TPUs says so and gives up. The one for GPUs warns and goes on: there the peak is compared with 95%
-  of the GPU's memory, which is what JAX takes with `XLA_PYTHON_CLIENT_MEM_FRACTION=.95` (without, it
-  takes 75%). The rest is left to the driver, to CUDA's libraries and to the code;
-- weights, gradients, state: counted from shapes and dtypes by `adam_jax.memory_usage`. Gradients
-  are those of all parameters at once, or with gradient release of one layer, and of the parameters
-  outside of layers;
+  TPU that is memory for data in HBM;
+- fits: of a program that needs more than a chip has, the compiler for TPUs says so and gives up;
+  that message is here. The one for GPUs warns and goes on: there the peak is compared with 95% of
+  the GPU's memory, which is what JAX takes with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (otherwise it
+  takes 75%). The rest is left to the driver, to CUDA's libraries and to the program;
+- weights, gradients, state: counted from shapes, as by `adam_jax.memory_usage`. Gradients are those
+  of all parameters, or with gradient release those of one layer and of all that is in no layer;
 - activations: the input of each layer, which is kept for the backward pass;
-- rest: the peak less all of these. It is what else is in use at the peak (the inside of a layer,
-  logits, weights in bfloat16 or gathered); less than nothing where the compiler never has all
-  gradients at once, as it may update an embedding before the others' gradients are there;
-- per parameter: the peak over the number of parameters, on all devices together.
+- rest: the peak less all of these. That is what else is in use at the peak: the inside of a layer,
+  logits, copies in bfloat16, what is gathered or not yet divided. It is less than nothing where
+  the compiler never has all gradients at once, as when it updates the head before it has others;
+- per parameter: bytes on all devices together, over the number of parameters.
+
+The last table has the peaks alone.
 """
 
 import contextlib
 import functools
 import importlib.util
-import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,8 @@ CASES = [
 ]
 PICTURED = [Case("llama-8b", "h100"), Case("llama-70b", "h100:8")]
 TITLES = dict(zip(PICTURED, ["Llama 3.1 8B, one H100", "Llama 3.1 70B, eight H100s"], strict=True))
-TINY = [Case("gpt2", "h100"), Case("llama", "v5e"), Case("llama", "h100:8", zero=True)]
+TINY = [Case("gpt2", "h100"), Case("llama", "v5e:2x2"), Case("llama", "h100:8", zero=True)]
+OF_TINY = "optax.adamw", "5 bytes"  # the settings
 PARTS = {
     "weights": "#1f3b57",
     "gradients": "#5b86ad",
@@ -148,7 +150,7 @@ def with_masters(optimizer: optax.GradientTransformation) -> Setting:
 
 
 def trainings(case: Case) -> dict[str, Training]:
-    """All ways to train, by name."""
+    """The ways to train, by name."""
 
     def adamw(moments: str) -> optax.GradientTransformation:
         return adam_jax.adamw(RATE, mu_dtype=moments, nu_dtype=moments)
@@ -165,7 +167,7 @@ def trainings(case: Case) -> dict[str, Training]:
 
         flash = flash_adamw(RATE, fused=case.chip == "h100")
         found["FlashOptim, like 7 bytes"] = Training(Setting(flash.init, flash.step, jnp.bfloat16))
-    return found | {
+    found |= {
         "float32": Training(plain(adamw("float32"))),
         "float32, released": Training(plain(adamw("float32")), adamw("float32")),
         "bfloat16 moments": Training(plain(adamw("bfloat16"))),
@@ -173,22 +175,22 @@ def trainings(case: Case) -> dict[str, Training]:
         "7 bytes": Training(with_optax(seven, jnp.bfloat16)),
         "5 bytes": Training(with_optax(seven, jnp.bfloat16), seven),
     }
+    return {name: found[name] for name in OF_TINY} if case in TINY else found
 
 
 class Outcome(NamedTuple):
     """What a step takes on each device."""
 
-    parts: dict[str, float] = {}  # bytes; without the rest, if there is no peak
+    parts: dict[str, float]  # bytes; without the rest, if there is no peak
     peak: float = np.nan
     refusal: str = ""  # what the compiler says, if there is no peak
     fits: bool = False
     size: int = 0  # parameters
-    count: int = 1  # devices
-    seconds: float = 0.0
+    devices: int = 1
 
 
 def divided(model: Model, params: Any, mesh: Mesh) -> Any:
-    """Where parameters lie with FSDP: the first dimension that can be divided is, but for layers'."""
+    """Where parameters lie with FSDP: divided by the first dimension that can be, but no layers."""
 
     def of_leaf(x: Any, stacked: bool) -> NamedSharding:
         dims = range(int(stacked), x.ndim)
@@ -216,8 +218,8 @@ def gradient_bytes(case: Case, model: Model, params: Any, released: bool) -> int
 def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome:
     """Compiles the step, and takes the peak apart."""
     chips = devices(case.target)[: 1 if case.one else None]
-    # Where nothing is divided, nobody needs to say where arrays meet.
-    kind = AxisType.Auto if case.one else AxisType.Explicit
+    # With automatic axes, ZeRO-1 would gather all parameters at once at the end of a released step.
+    kind = AxisType.Explicit if case.zero else AxisType.Auto
     mesh = Mesh(np.array(chips), (AXIS,), axis_types=(kind,))
     whole = NamedSharding(mesh, PartitionSpec())
     params = model.params(training.setting.dtype)
@@ -241,18 +243,17 @@ def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome
     jitted = jax.jit(
         training.step(model), donate_argnums=(0, 1), out_shardings=(whole, where, state_where)
     )
-    parts = {
+    parts: dict[str, float] = {
         "weights": held(params),
         "gradients": gradient_bytes(case, model, params, bool(training.released)),
         "state": held(state),
         "activations": 2 * model.layers * batch * model.length * model.width,
     }
     size = sum(x.size for x in jax.tree.leaves(params))
-    outcome = Outcome(parts, size=size, count=mesh.size)
+    outcome = Outcome(parts, size=size, devices=mesh.size)
     jax.clear_caches()
-    began = time.perf_counter()
     try:
-        with contextlib.nullcontext() if case.one else jax.set_mesh(mesh):
+        with jax.set_mesh(mesh) if case.zero else contextlib.nullcontext():
             traced = jitted.trace(params, state, tokens)
             compiled = traced.lower(lowering_platforms=(PLATFORMS[case.chip],)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -267,7 +268,6 @@ def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome
         parts=parts | {"rest": peak - sum(parts.values())},
         peak=peak,
         fits=peak <= CAPACITY[case.chip],
-        seconds=time.perf_counter() - began,
     )
 
 
@@ -275,7 +275,7 @@ def row(outcome: Outcome) -> list[str]:
     """The cells of a table for an outcome."""
     parts = [gigabytes(outcome.parts.get(part, np.nan)) for part in PARTS]
     verdict = outcome.refusal or ("yes" if outcome.fits else "no")
-    each = outcome.peak * outcome.count / outcome.size
+    each = outcome.peak * outcome.devices / outcome.size
     return [gigabytes(outcome.peak), verdict, *parts, "" if np.isnan(each) else f"{each:.2f}"]
 
 
@@ -296,21 +296,19 @@ def brief(outcome: Outcome | None) -> str:
 
 def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome]) -> None:
     """A bar for each setting, of the parts one after the other, and where the memory ends."""
-    left = np.zeros(len(outcomes))
+    peaks = np.array([outcome.peak for outcome in outcomes.values()]) / 1e9
+    left = np.zeros(len(peaks))
     for part, color in PARTS.items():
-        # What the compiler never has at once is not there to be drawn: the peak is.
-        room = np.array([x.peak / 1e9 for x in outcomes.values()]) - left
-        widths = np.array([max(0.0, x.parts[part]) / 1e9 for x in outcomes.values()])
-        widths = np.minimum(widths, room)
+        sizes = np.array([max(0.0, x.parts.get(part, 0.0)) for x in outcomes.values()]) / 1e9
+        # Where the rest is less than nothing, a bar ends at the peak all the same.
+        widths = np.minimum(sizes, peaks - left)
         axes.barh(list(outcomes), widths, left=left, height=0.65, color=color, label=part)
         left += widths
-    for place, outcome in enumerate(outcomes.values()):
-        axes.text(
-            left[place] + 2, place, f"{outcome.peak / 1e9:.1f}", va="center", fontsize="small"
-        )
+    for place, peak in enumerate(peaks):
+        axes.text(peak + peaks.max() / 80, place, f"{peak:.1f}", va="center", fontsize="small")
     axes.axvline(CAPACITY[case.chip] / 1e9, color="#d55e00", linewidth=1.5)
-    axes.set(xlabel="GB on each device", xlim=(0, 1.15 * left.max()))
-    axes.set_title(TITLES[case], loc="left", fontsize="medium")
+    axes.set(xlabel="GB on each device", xlim=(0, 1.15 * peaks.max()))
+    axes.set_title(TITLES.get(case, str(case)), loc="left", fontsize="medium")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
 
