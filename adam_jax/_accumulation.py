@@ -132,7 +132,7 @@ class _Adder(NamedTuple):
         if total.dtype != jnp.bfloat16:
             return new
         positions = None if place is None else place[None]
-        bits = self.draw._replace(positions=positions).independent(total.shape)
+        bits = self.draw._replace(positions=positions).independent(total)
         rounded, _ = split(new, jnp.bfloat16, width=0, bits=bits)
         return rounded
 

@@ -251,8 +251,8 @@ class Codec(NamedTuple):
         unless `random`. Moments beyond the second are rounded to nearest.
         """
         mu, nu, *others = moments
-        turned: Any = draw.in_turn(nu.shape) if draw and self.coded else None
-        drawn: Any = draw.independent(nu.shape) if draw and self._rounds_floats else None
+        turned: Any = draw.in_turn(nu) if draw and self.coded else None
+        drawn: Any = draw.independent(nu) if draw and self._rounds_floats else None
         new_nu, nu, root = self.nu.write(nu, rows.scale, turned if self.nu_is_coded else drawn)
         new_mu, mu = self.mu.write(mu, root, rows.unit, turned if self.mu_is_coded else drawn)
         new_others = tuple(nearest(x, y.dtype) for x, y in zip(others, like.others, strict=True))

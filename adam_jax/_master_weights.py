@@ -472,7 +472,7 @@ def _step_leaf(
         master,
         param.dtype,
         None if remainder is None else remainder.dtype,
-        draw.independent(param.shape),
+        draw.independent(master),
     )
     # The parameter has to land on new when this difference is added to it. Let |old| be in
     # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, Integer
 
@@ -44,7 +45,7 @@ class Draw(NamedTuple):
         length = np.shape(leaf)[:1]
         return self._replace(positions=next((x for x in positions if x.shape == length), None))
 
-    def in_turn(self, shape: tuple[int, ...]) -> Words:
+    def in_turn(self, leaf: Leaf) -> Words:
         """Returns random words whose 16-bit halves turn by the golden ratio at each step.
 
         2^16 is a whole turn. Over a few steps the fractions of a turn fill [0, 1) more evenly than
@@ -52,11 +53,14 @@ class Draw(NamedTuple):
         with periodic gradients. So every 32 steps they start anew, in a random place and a random
         direction.
         """
-        return random_bits(shape, self.key, self.positions) + self.turn
+        return self._bits(leaf) + self.turn
 
-    def independent(self, shape: tuple[int, ...]) -> Words:
+    def independent(self, leaf: Leaf) -> Words:
         """Returns random words that are independent of those of other steps."""
-        return random_bits(shape, self.key, self.positions) * self.factor + self.offset
+        return self._bits(leaf) * self.factor + self.offset
+
+    def _bits(self, leaf: Leaf) -> Words:
+        return random_bits(leaf.shape, self.key, self.positions, _explicit_sharding(leaf))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,23 +97,36 @@ def key_of_leaf(leaf: Any) -> Any:
     return mix(mix(leaf + np.uint32(1)))
 
 
-def random_bits(shape: tuple[int, ...], key: Word, positions: Positions | None = None) -> Words:
+def random_bits(
+    shape: tuple[int, ...],
+    key: Word,
+    positions: Positions | None = None,
+    sharding: NamedSharding | None = None,
+) -> Words:
     """Hashes a key and coordinates to 32 random bits for each element.
 
     Coordinates enter as the element's index in row-major order, modulo 2^32. The key is xored to
     it: added, it would only shift the same sequence. `positions` are the coordinates along the
-    first axis; without them, all.
+    first axis; without them, all. `sharding` is that of the leaf on a mesh with explicit axes:
+    without it each chip of a TPU makes the bits of the whole leaf.
     """
     with jax.numpy_rank_promotion("allow"):
         index = jnp.zeros(shape, jnp.uint32)
         for axis, size in enumerate(shape):
             if axis == 0 and positions is not None:
                 along = jax.lax.broadcast_in_dim(positions.astype(jnp.uint32), shape, (0,))
+                along = reshard(along, sharding) if sharding else along
             else:
-                along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+                along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
             # The first axis counts by its positions, not by its size: a layer is as in a stack.
             index = index * np.uint32(size % 2**32) + along if axis else along
         return mix(index ^ key)
+
+
+def _explicit_sharding(x: Any) -> NamedSharding | None:
+    """Returns how an array is sharded over explicit axes of a mesh, or None if there are none."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def mix(x: Any) -> Any:

@@ -42,7 +42,7 @@ class _Given(NamedTuple):
 
     words: Any
 
-    def in_turn(self, shape):
+    def in_turn(self, shape, sharding=None):
         return jnp.broadcast_to(self.words, shape)
 
     independent = in_turn

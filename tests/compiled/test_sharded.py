@@ -99,6 +99,27 @@ def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, axes, kind
         assert row_maximum or x.arrays[0].dtype == {2: "bf16", 4: "f32"}[params[0].dtype.itemsize]
 
 
+@each_axis_type
+def test_a_chip_makes_random_bits_of_its_part_alone(axes):
+    """The bits of a whole leaf, for both roundings, would be 8 bytes per parameter."""
+    optimizer, dtype = KINDS["7 bytes"]
+    mesh = Mesh(np.array(tpu("v5e:2x2")), ("data",), axis_types=(axes,))
+    params = placed(
+        [jax.ShapeDtypeStruct((4096, 8192), dtype)],
+        [NamedSharding(mesh, PartitionSpec("data", None))],
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    state = placed(state, adam_jax.state_shardings(optimizer, params))
+
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    memory = compiled_step(step, params, state, params).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.1 * params[0].size
+
+
 @pytest.mark.covering
 @each_kind
 @each_axis_type
