@@ -33,9 +33,11 @@ The last table has the peaks alone.
 """
 
 import contextlib
+import datetime
 import functools
+import importlib.metadata
 import importlib.util
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +100,7 @@ CASES = [
 PICTURED = [Case("llama-8b", "h100"), Case("llama-70b", "h100:8")]
 TITLES = dict(zip(PICTURED, ["Llama 3.1 8B, one H100", "Llama 3.1 70B, eight H100s"], strict=True))
 TINY = [Case("gpt2", "h100"), Case("llama", "v5e:2x2"), Case("llama", "h100:8", zero=True)]
-OF_TINY = "optax.adamw", "5 bytes"  # the settings
+OF_TINY = ["optax.adamw", "5 bytes"]  # the settings
 PARTS = {
     "weights": "#1f3b57",
     "gradients": "#5b86ad",
@@ -167,7 +169,7 @@ def trainings(case: Case) -> dict[str, Training]:
 
         flash = flash_adamw(RATE, fused=case.chip == "h100")
         found["FlashOptim, like 7 bytes"] = Training(Setting(flash.init, flash.step, jnp.bfloat16))
-    found |= {
+    return found | {
         "float32": Training(plain(adamw("float32"))),
         "float32, released": Training(plain(adamw("float32")), adamw("float32")),
         "bfloat16 moments": Training(plain(adamw("bfloat16"))),
@@ -175,7 +177,6 @@ def trainings(case: Case) -> dict[str, Training]:
         "7 bytes": Training(with_optax(seven, jnp.bfloat16)),
         "5 bytes": Training(with_optax(seven, jnp.bfloat16), seven),
     }
-    return {name: found[name] for name in OF_TINY} if case in TINY else found
 
 
 class Outcome(NamedTuple):
@@ -294,6 +295,12 @@ def brief(outcome: Outcome | None) -> str:
     return size if outcome.fits else f"no: {size}"
 
 
+def versions() -> str:
+    """What compiles."""
+    names = "jax", "libtpu", "jax-cuda12-pjrt", "optax"
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
 def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome]) -> None:
     """A bar for each setting, of the parts one after the other, and where the memory ends."""
     peaks = np.array([outcome.peak for outcome in outcomes.values()]) / 1e9
@@ -325,8 +332,8 @@ def draw(found: dict[Case, dict[str, Outcome]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parse_arguments() -> tuple[dict[Case, Model], int, Path | None]:
-    """The cases with their models, sequences on each device, and the picture's path."""
+def parse_arguments() -> tuple[Namespace, list[Case]]:
+    """The command line, and the cases that it asks for."""
     parser = ArgumentParser(
         description="Compiles training steps of GPT-2 and Llama 3.1, and prints the memory that "
         "each device needs. Without options: a selection of models and devices.",
@@ -335,9 +342,10 @@ def parse_arguments() -> tuple[dict[Case, Model], int, Path | None]:
     add("--model", choices=MODELS, help="default: those of the selection")
     add("--target", metavar="T", help="h100, v5e, v5p; or several, such as h100:8, v5p:2x2x2")
     add("--zero", action="store_true", help="divide the state alone (ZeRO-1), not parameters too")
+    add("--setting", action="append", metavar="NAME", help="more than once for several; or all")
     add("--batch", type=int, default=1, metavar="N", help="sequences on each device")
     add("--small", action="store_true", help="small models, to see that this runs")
-    add("--picture", type=Path, metavar="PATH", help="draw two cases instead of printing all")
+    add("--picture", type=Path, metavar="PATH", help="draw it, by default of two cases alone")
     options = parser.parse_args()
     model, target = options.model, options.target
     if target and target.partition(":")[0] not in CAPACITY:
@@ -346,32 +354,48 @@ def parse_arguments() -> tuple[dict[Case, Model], int, Path | None]:
         parser.error(f"argument --batch: must be at least 1, got {options.batch}")
     if options.small:
         cases = TINY
-    elif options.picture:
-        cases = PICTURED
+        options.setting = OF_TINY
     elif model and target:
         cases = [Case(model, target, options.zero)]
     else:
-        cases = [x for x in CASES if model in (None, x.model) and target in (None, x.target)]
-        cases = [x for x in cases if x.zero or not options.zero]
+        cases = [
+            case
+            for case in (PICTURED if options.picture else CASES)
+            if model in (None, case.model) and target in (None, case.target)
+            if case.zero or not options.zero
+        ]
         if not cases:
             parser.error("none of the selection; give both --model and --target")
-    known = MODELS | SMALL
-    return {case: known[case.model] for case in cases}, options.batch, options.picture
+    known = trainings(PICTURED[0])
+    for name in options.setting or []:
+        if name not in known:
+            parser.error(f"argument --setting: must be one of {', '.join(known)}; got {name}")
+    return options, cases
 
 
 def main() -> None:
     """Prints tables in markdown; progress goes to stderr."""
-    cases, batch, picture = parse_arguments()
+    options, cases = parse_arguments()
     jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
+    chosen = {
+        case: {
+            name: training
+            for name, training in trainings(case).items()
+            if options.setting is None or name in options.setting
+        }
+        for case in cases
+    }
+    print(f"{datetime.date.today()}, {versions()}\n")
     found: dict[Case, dict[str, Outcome]] = {}
-    with tqdm(total=sum(len(trainings(case)) for case in cases)) as progress:
-        for case, model in cases.items():
+    with tqdm(total=sum(map(len, chosen.values()))) as progress:
+        for case, ways in chosen.items():
+            model = (MODELS | SMALL)[case.model]
             found[case] = {}
-            head = [str(case), "peak, GB", "fits", *PARTS, "per parameter"]
+            head = [str(case), "peak", "fits", *PARTS, "per parameter"]
             print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-            for name, training in trainings(case).items():
+            for name, training in ways.items():
                 progress.set_postfix_str(f"{case}: {name}")
-                found[case][name] = outcome = measure(case, model, training, batch)
+                found[case][name] = outcome = measure(case, model, training, options.batch)
                 print(f"| {' | '.join([name, *row(outcome)])} |", flush=True)
                 progress.update()
             print()
@@ -379,9 +403,9 @@ def main() -> None:
     print(f"| peak, GB | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
     for case, outcomes in found.items():
         print(f"| {case} | {' | '.join(brief(outcomes.get(name)) for name in names)} |")
-    if picture:
-        draw(found, picture)
-        print(f"\npicture: {picture}")
+    if options.picture:
+        draw(found, options.picture)
+        print(f"\npicture: {options.picture}")
 
 
 if __name__ == "__main__":
