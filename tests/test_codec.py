@@ -42,8 +42,8 @@ class _Given(NamedTuple):
 
     words: Any
 
-    def in_turn(self, shape, sharding=None):
-        return jnp.broadcast_to(self.words, shape)
+    def in_turn(self, leaf):
+        return jnp.broadcast_to(self.words, leaf.shape)
 
     independent = in_turn
 
@@ -352,16 +352,16 @@ def nu_over_steps(codec, carry, inputs, base, b2):
         nu = nu + (1 - b2) * (g * g - nu)
         largest = magnitude[:, None] * base.max()
         scale = scale + (1 - b2) * (largest * largest - scale)
-        _, nu, _ = codec.write(nu, scale, words_for(codec, t, nu.shape) if words is None else words)
+        _, nu, _ = codec.write(nu, scale, words_for(codec, t, nu) if words is None else words)
         return (nu, scale, total + nu / (exact[:, None] * base * base)), None
 
     return jax.lax.scan(step, carry, inputs)[0]
 
 
-def words_for(codec, step, shape):
+def words_for(codec, step, nu):
     """What a leaf's nu draws at a step in this format."""
     one = draw_at(step)
-    return one.in_turn(shape) if isinstance(codec, Int8Nu) else one.independent(shape)
+    return one.in_turn(nu) if isinstance(codec, Int8Nu) else one.independent(nu)
 
 
 def mean_nu(codec, b2, steps, width, *, independent):
@@ -426,7 +426,7 @@ def test_nu_after_gradients_have_stopped(format, rows, b2, request):
             nu, scale = carry
             scale = scale - (1 - b2) * scale if rows == "all stop" else scale
             codec = FORMATS_OF_NU[format]
-            _, nu, _ = codec.write(nu - (1 - b2) * nu, scale, words_for(codec, t, nu.shape))
+            _, nu, _ = codec.write(nu - (1 - b2) * nu, scale, words_for(codec, t, nu))
             return (nu, scale), None
 
         return jax.lax.scan(step, (nu, scale), jnp.arange(1, steps + 1))[0]
@@ -628,7 +628,7 @@ def test_both_moments_round_independently():
     """mu takes upper bits of a word, and nu lower ones."""
     phase = random_words(0).astype(np.uint32)
     for step in (0, 17, 100):
-        words = np.asarray(draw_at(jnp.int32(step)).in_turn((256, 256)))
+        words = np.asarray(draw_at(jnp.int32(step)).in_turn(jnp.zeros((256, 256))))
         assert words.dtype == np.uint32
         correlation = np.corrcoef(words.ravel() / 2.0**32, words.ravel() % 2**14 / 2.0**14)
         assert abs(correlation[0, 1]) < 5 / 256
