@@ -15,12 +15,13 @@ recomputed in the backward pass. Matrix products are in bfloat16 in all settings
 state are donated. "5 bytes" and "float32, released" are steps that `adam_jax.value_and_update`
 makes. The columns, in GB on each device:
 
-- peak: arguments + outputs - aliased + temporaries, by the compiler's account of the program. On a
-  TPU that is memory for data in HBM;
+- peak: arguments + outputs - aliased + temporaries, by the compiler's account of the program;
 - fits: of a program that needs more than a chip has, the compiler for TPUs says so and gives up;
-  that message is here. The one for GPUs warns and goes on: there the peak is compared with 95% of
-  the GPU's memory, which is what JAX takes with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (otherwise it
-  takes 75%). The rest is left to the driver, to CUDA's libraries and to the program;
+  that message is here. (The peak of a program that it accepts may be a little more than the chip
+  has: the sum above can count too much.) The one for GPUs warns and goes on: there the peak is
+  compared with 95% of the GPU's memory, which is what JAX takes with
+  XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (otherwise it takes 75%). The rest is left to the driver, to
+  CUDA's libraries and to the program;
 - weights, gradients, state: counted from shapes, as by `adam_jax.memory_usage`. Gradients are those
   of all parameters, or with gradient release those of one layer and of all that is in no layer;
 - activations: the input of each layer, which is kept for the backward pass;
@@ -59,6 +60,7 @@ import adam_jax
 
 # Bytes for data. Of an H100, 95% of what the driver reports; of TPUs, what the compiler states.
 CAPACITY = {"h100": 0.95 * 84_942_979_072, "v5e": 15.75 * 2**30, "v5p": 95.74 * 2**30}
+REFUSES = {"v5e", "v5p"}  # chips whose compiler itself refuses what needs more
 AXIS = "data"
 
 
@@ -268,7 +270,7 @@ def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome
     return outcome._replace(
         parts=parts | {"rest": peak - sum(parts.values())},
         peak=peak,
-        fits=peak <= CAPACITY[case.chip],
+        fits=case.chip in REFUSES or peak <= CAPACITY[case.chip],
     )
 
 
@@ -301,31 +303,42 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome]) -> None:
+def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome], names: list[str]) -> None:
     """A bar for each setting, of the parts one after the other, and where the memory ends."""
+    rows = [names.index(name) for name in outcomes]
     peaks = np.array([outcome.peak for outcome in outcomes.values()]) / 1e9
     left = np.zeros(len(peaks))
     for part, color in PARTS.items():
         sizes = np.array([max(0.0, x.parts.get(part, 0.0)) for x in outcomes.values()]) / 1e9
         # Where the rest is less than nothing, a bar ends at the peak all the same.
         widths = np.minimum(sizes, peaks - left)
-        axes.barh(list(outcomes), widths, left=left, height=0.65, color=color, label=part)
+        axes.barh(rows, widths, left=left, height=0.65, color=color, label=part)
         left += widths
-    for place, peak in enumerate(peaks):
-        axes.text(peak + peaks.max() / 80, place, f"{peak:.1f}", va="center", fontsize="small")
-    axes.axvline(CAPACITY[case.chip] / 1e9, color="#d55e00", linewidth=1.5)
-    axes.set(xlabel="GB on each device", xlim=(0, 1.15 * peaks.max()))
-    axes.set_title(TITLES.get(case, str(case)), loc="left", fontsize="medium")
-    axes.invert_yaxis()
+    limit = CAPACITY[case.chip] / 1e9
+    axes.axvline(limit, color="#d55e00", linewidth=1.5)
+    axes.text(
+        limit, -0.6, f" {limit:.1f} available", color="#d55e00", va="bottom", fontsize="small"
+    )
+    for place, peak in zip(rows, peaks, strict=True):
+        label = axes.text(peak + 1.5, place, f"{peak:.1f}", va="center", fontsize="small")
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.set(
+        xlabel="GB on each device",
+        xlim=(0, 1.12 * peaks.max()),
+        ylim=(len(names) - 0.5, -0.6),
+        yticks=range(len(names)),
+        yticklabels=names,
+    )
+    axes.set_title(TITLES.get(case, str(case)), loc="left", fontsize="large", pad=18)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(found: dict[Case, dict[str, Outcome]], path: Path) -> None:
+def draw(found: dict[Case, dict[str, Outcome]], names: list[str], path: Path) -> None:
     """Draws cases into a PNG, on white: it stands on light and on dark pages."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axes, (case, outcomes) in zip(panels, found.items(), strict=True):
-        draw_case(axes, case, outcomes)
+        draw_case(axes, case, outcomes, names)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(PARTS), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -404,7 +417,7 @@ def main() -> None:
     for case, outcomes in found.items():
         print(f"| {case} | {' | '.join(brief(outcomes.get(name)) for name in names)} |")
     if options.picture:
-        draw(found, options.picture)
+        draw(found, names, options.picture)
         print(f"\npicture: {options.picture}")
 
 

@@ -107,6 +107,13 @@ NOT_RUN = {
     "uv run --group compilers benchmarks/release.py --target v5e --fit": (
         "needs a TPU's compiler: tests/compiled/test_released.py"
     ),
+    "uv run --group compilers benchmarks/memory.py --model llama-8b --target h100": (
+        "takes minutes: CI, with --small, and tests/compiled/test_models.py"
+    ),
+    f"uv run --group compilers {FLASH} benchmarks/memory.py": "takes hours: CI, with --small",
+    f"uv run --group compilers {FLASH} benchmarks/memory.py --picture docs/memory.png": (
+        "takes minutes: CI, with --small"
+    ),
     "uv run --with torch benchmarks/row_sparse.py": "needs torch: tests/project/test_benchmarks.py",
     "uv run examples/embeddings.py": "takes minutes: tests/project/test_examples.py",
     f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
