@@ -223,11 +223,15 @@ def _in_turn(
         once, state = barrier((once, state))
         return once, new, jax.tree.map(to_host, state)
 
-    # The loop has no derivative. Its body runs once, so that it is that of the step.
+    def plain(once: jax.Array, inputs: Values, state: Values) -> Any:
+        new, state = step(inputs, fetched(state))
+        return once, new, jax.tree.map(to_host, state)
+
+    # A loop has no derivative, but its body runs once.
     in_turn = jax.custom_jvp(
         lambda *args: jax.lax.platform_dependent(*args, tpu=on_tpu, default=elsewhere)
     )
-    in_turn.defjvp(functools.partial(jax.jvp, elsewhere))
+    in_turn.defjvp(functools.partial(jax.jvp, plain))
     return in_turn(once, inputs, state)
 
 
