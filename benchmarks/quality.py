@@ -2,11 +2,15 @@
 
     python benchmarks/quality.py
     uv run --with flashoptim-jax benchmarks/quality.py
+    uv run benchmarks/quality.py --size
 
 The GPT and the network for MNIST of the examples, over several seeds. With one seed all settings
 see the same data in the same order and start from the same weights (rounded, where they are not
 kept in float32). flashoptim_jax is a row of the tables where it is installed. The tables go to
 stdout when all is done, each result to stderr as soon as it is there.
+
+With `--size` it is a GPT of ten million parameters, in the settings of `at_size.py`. Each result is
+kept in `docs/quality_at_size.json`, and only what is missing there is trained.
 """
 
 import argparse
@@ -146,20 +150,20 @@ def tasks(options: argparse.Namespace) -> list[Task]:
     ]
 
 
-def table(task: Task, outcomes: dict[str, list[Outcome]]) -> str:
-    """In markdown: each seed's score, their mean, and how far it is from float32's."""
+def table(title: str, flags: str, outcomes: dict[str, list[Outcome]], digits: int) -> str:
+    """Writes in markdown each seed's score, their mean, and how far it is from float32's."""
     scores = {name: np.array([o.score for o in found]) for name, found in outcomes.items()}
     baseline, *_ = scores.values()
     seeds = len(baseline)
-    spread = f" (its seeds' spread: {baseline.std(ddof=1):.{task.digits}f})" if seeds > 1 else ""
+    spread = f" (its seeds' spread: {baseline.std(ddof=1):.{digits}f})" if seeds > 1 else ""
     columns = ["setting", "bytes per parameter", *(f"seed {seed}" for seed in range(seeds)), "mean"]
     rows = [[*columns, f"mean, less float32's{spread}"], ["---", *["---:"] * (seeds + 3)]]
     for name, found in scores.items():
-        shown = [f"{score:.{task.digits}f}" for score in (*found, found.mean())]
-        difference = f"{found.mean() - baseline.mean():+.{task.digits}f}"
+        shown = [f"{score:.{digits}f}" for score in (*found, found.mean())]
+        difference = f"{found.mean() - baseline.mean():+.{digits}f}"
         rows.append([name, f"{outcomes[name][0].memory:.2f}", *shown, difference])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"**{task.title}** (`{task.flags}`)", "", *lines])
+    return "\n".join([f"**{title}** (`{flags}`)", "", *lines])
 
 
 def main() -> None:
@@ -170,13 +174,21 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seeds", type=int, default=3, metavar="N", help="trainings of each setting")
+    seeds_help = "training runs of each setting (default: 3, with --size 1)"
+    add("--seeds", type=int, default=argparse.SUPPRESS, metavar="N", help=seeds_help)
     add("--steps", type=int, default=600, metavar="N", help="of the GPT")
     add("--epochs", type=int, default=6, metavar="N", help="over MNIST")
     add("--small", action="store_true", help="tiny networks; the scores mean nothing")
+    add("--size", action="store_true", help="a GPT of ten million parameters, for 2,000 steps")
     options = parser.parse_args()
-    if min(options.seeds, options.steps, options.epochs) < 1:
+    seeds = getattr(options, "seeds", 1 if options.size else 3)
+    if min(seeds, options.steps, options.epochs) < 1:
         parser.error("--seeds, --steps and --epochs must be at least 1")
+    if options.size:
+        import at_size  # which is made of this module
+
+        at_size.main(seeds, options.small)
+        return
     settings = dict(SETTINGS)
     if importlib.util.find_spec("flashoptim_jax") is None:
         print("flashoptim_jax is not installed: its row is left out", file=sys.stderr)
@@ -186,7 +198,7 @@ def main() -> None:
     for task in tasks(options):
         outcomes = {name: [] for name in settings}
         # Seeds in the outer loop: what a killed run leaves is whole rows of a smaller table.
-        for seed in range(options.seeds):
+        for seed in range(seeds):
             for name, setting in settings.items():
                 with contextlib.redirect_stdout(sys.stderr):
                     outcome = task.train(setting, f"{task.flags} --seed {seed}")
@@ -198,7 +210,7 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-        tables.append(table(task, outcomes))
+        tables.append(table(task.title, task.flags, outcomes, task.digits))
     print("\n\n".join(tables))
 
 

@@ -208,8 +208,12 @@ def train(
     settings: argparse.Namespace,
     text: tuple[np.ndarray, np.ndarray],
     make_optimizer: Callable[..., optax.GradientTransformation] = make_optimizer,
+    thinned: int = 8,
 ) -> Result:
-    """Trains as the settings say, which are those of the command line."""
+    """Trains as the settings say, which are those of the command line.
+
+    Until the last step, the held-out loss is that of one in `thinned` windows.
+    """
     model = GPT(settings.layers, settings.width, settings.context, nnx.Rngs(settings.seed))
     graph, weights = nnx.split(model)
     optimizer = make_optimizer(settings, settings.steps)
@@ -274,8 +278,8 @@ def train(
             for name, values in jax.device_get(statistics).items():
                 writer.add_scalar(name, values[-1], len(losses))
             if length := lengths.get(len(losses)):
-                # An eighth of the held-out text shows how it goes, all of it comes at the end.
-                part = windows if len(losses) == settings.steps else windows[::8]
+                # A part of the held-out text shows how it goes, all of it comes at the end.
+                part = windows if len(losses) == settings.steps else windows[::thinned]
                 loss = float(held_out_loss(graph, carry[0], part))
                 held_out_losses.append((len(losses), loss))
                 writer.add_scalar("loss/held_out", loss, len(losses))

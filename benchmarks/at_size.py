@@ -1,0 +1,267 @@
+"""Trains a GPT of ten million parameters, keeps the results and draws its curves.
+
+`quality.py --size` runs this. A training run takes a quarter of an hour on two CPU cores. Each
+result goes to a JSON file as soon as it is there, and a run that was interrupted continues from
+its checkpoint.
+"""
+
+import contextlib
+import datetime
+import json
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from quality import SETTINGS, Outcome, gpt, table
+
+ROOT = Path(__file__).parent.parent
+SEVEN = "weights in bfloat16 + int8, moments in int8"
+RELEASED = f"{SEVEN}, gradient release"
+AT_SIZE = {name: SETTINGS[name] for name in ("float32", "all in bfloat16, optax.adamw", SEVEN)} | {
+    RELEASED: SETTINGS[SEVEN]._replace(flags=f"{SETTINGS[SEVEN].flags} --release")
+}
+FLAGS = "--steps 2000 --layers 6 --width 384 --context 128 --batch-size 4 --learning-rate 1e-3"
+SMALL_FLAGS = "--steps 10 --layers 1 --width 32 --context 32 --batch-size 4"
+THINNED = 8  # one in so many windows of the held-out text is scored, always the same ones
+POINTS = 40  # of the training loss, each the mean of the steps since the one before
+DIGITS = 5
+
+
+class Look(NamedTuple):
+    """The name and the line of a setting in the picture."""
+
+    label: str
+    line: dict[str, Any]
+
+
+# The line of float32 is broad: others may lie on it.
+LOOKS = {
+    "float32": Look("float32", {"color": "#8cc4ea", "linewidth": 7}),
+    "all in bfloat16, optax.adamw": Look("plain bfloat16", {"color": "#d55e00", "linewidth": 1.8}),
+    SEVEN: Look("7 bytes", {"color": "#222222", "linewidth": 1.8}),
+    RELEASED: Look("5 bytes", {"color": "#00a676", "linewidth": 1.8, "linestyle": (0, (1.5, 1.5))}),
+}
+
+
+class Run(NamedTuple):
+    """A finished training run. Losses are in nats per byte."""
+
+    setting: str
+    seed: int
+    flags: str  # the command line of the GPT, without seed and folder
+    training: dict[int, float]  # step -> mean loss since the step before
+    held_out: dict[int, float]  # step -> loss
+    parameters: int
+    bytes: float  # per parameter: weight, gradient and optimizer state
+    seconds_per_step: float
+    text: str  # the size and checksum of the training text
+    scored: int  # bytes of the held-out text
+    date: str
+    python: str
+    jax: str
+    device: str
+
+    @property
+    def steps(self) -> int:
+        """Counts the steps of the run."""
+        return max(self.held_out)
+
+    @property
+    def final(self) -> float:
+        """Returns the held-out loss at the end."""
+        return self.held_out[self.steps]
+
+
+def load(path: Path) -> list[Run]:
+    """Reads the runs in a file; returns none if there is no file."""
+    if not path.exists():
+        return []
+
+    def by_step(losses: dict[str, float]) -> dict[int, float]:
+        return {int(step): loss for step, loss in losses.items()}
+
+    return [
+        Run(**entry)._replace(
+            training=by_step(entry["training"]), held_out=by_step(entry["held_out"])
+        )
+        for entry in json.loads(path.read_text())
+    ]
+
+
+def save(runs: Iterable[Run], path: Path) -> None:
+    """Writes the runs to a file, one per line, and replaces the old file in one go."""
+    lines = ",\n".join(json.dumps(run._asdict()) for run in runs)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(f"[\n{lines}\n]\n")
+    unfinished.replace(path)
+
+
+def thin(held_out: np.ndarray, context: int) -> np.ndarray:
+    """Keeps one in THINNED of the windows that the GPT scores."""
+    length = context + 1
+    windows = held_out[: len(held_out) // length * length].reshape(-1, length)
+    return windows[::THINNED].ravel()
+
+
+def flags_of(name: str, shape: str) -> str:
+    """Returns the command line of the GPT, without seed and folder."""
+    return f"{shape} {AT_SIZE[name].flags}".strip()
+
+
+def described(text: Any) -> str:
+    """Returns the size and the checksum of a training text."""
+    return gpt.settings_of_steps(gpt.parse_arguments([]), text)["text"]
+
+
+def train(name: str, seed: int, shape: str, text: Any, checkpoints: Path) -> Run:
+    """Trains in one setting, or continues from the last checkpoint in a folder."""
+    flags = flags_of(name, shape)
+    settings = gpt.parse_arguments(
+        [*flags.split(), "--seed", str(seed), "--checkpoints", str(checkpoints)]
+    )
+    training, held_out = text
+    scored = thin(held_out, settings.context)
+    result = gpt.train(settings, (training, scored), AT_SIZE[name].make_optimizer, thinned=1)
+    # With release only one block at a time has its gradient.
+    gradient = 0 if settings.release else jnp.dtype(settings.param_dtype).itemsize
+    parts = np.array_split(result.losses, min(POINTS, settings.steps))
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    means = [round(float(part.mean()), DIGITS) for part in parts]
+    return Run(
+        setting=name,
+        seed=seed,
+        flags=flags,
+        training=dict(zip(ends, means, strict=True)),
+        held_out={step: round(loss, DIGITS) for step, loss in result.held_out.items()},
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(nnx.state(result.model))),
+        bytes=round(result.memory + gradient, 3),
+        seconds_per_step=round(settings.batch_size * settings.context / result.speed, 3),
+        text=described(text),
+        scored=len(scored),
+        date=datetime.date.today().isoformat(),
+        python=platform.python_version(),
+        jax=jax.__version__,
+        device=jax.devices()[0].device_kind,
+    )
+
+
+def complete(path: Path, seeds: Iterable[int], shape: str, checkpoints: Path) -> list[Run]:
+    """Trains what is missing in a file and returns the file's runs of the seeds.
+
+    Raises:
+        ValueError: if a run is missing, and those in the file do not compare with it: they have
+            other flags or another text, and every version of Python has its own.
+    """
+    wanted = [(name, seed) for seed in seeds for name in AT_SIZE]
+    found = {(run.setting, run.seed): run for run in load(path)}
+    missing = [key for key in wanted if key not in found]
+    text = gpt.load_text()
+    for run in found.values() if missing else ():
+        now = f"{flags_of(run.setting, shape)}, {described(text)}"
+        if (made := f"{run.flags}, {run.text}") != now:
+            raise ValueError(
+                f"{path} has a run of another kind: {made}, and not {now}. "
+                "Use the same version of Python, or move the file away to start anew."
+            )
+    for name, seed in missing:
+        print(f"{name}, seed {seed}", flush=True)
+        folder = checkpoints / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+        found[name, seed] = train(name, seed, shape, text, folder)
+        save(found.values(), path)
+        shutil.rmtree(folder)
+        jax.clear_caches()
+    return [found[key] for key in wanted]
+
+
+def summary(runs: list[Run]) -> str:
+    """Writes the table of the runs in markdown, and what they have in common."""
+    run = runs[0]
+    settings = gpt.parse_arguments(run.flags.split())
+    outcomes: dict[str, list[Outcome]] = {}
+    for each in runs:
+        outcomes.setdefault(each.setting, []).append(Outcome(each.final, each.bytes))
+    title = f"{run.parameters / 1e6:.1f}M parameters: held-out loss, nats per byte"
+    times = [each.seconds_per_step for each in runs]
+    tokens = run.steps * settings.batch_size * settings.context
+    return (
+        f"{table(title, run.flags, outcomes, 4)}\n\n"
+        f"{run.parameters:,} parameters; {run.steps:,} steps of {settings.batch_size} x "
+        f"{settings.context} bytes, {tokens:,} in all, of a text of {run.text}; {run.scored:,} "
+        f"held-out bytes. A step took {min(times):.2f} to {max(times):.2f} s. "
+        f"Python {run.python}, JAX {run.jax}, {run.device}, {run.date}."
+    )
+
+
+def above_float32(run: Run, runs: list[Run]) -> dict[int, float]:
+    """Subtracts float32's held-out losses of the same seed."""
+    (float32,) = (r for r in runs if (r.setting, r.seed) == ("float32", run.seed))
+    return {step: loss - float32.held_out[step] for step, loss in run.held_out.items()}
+
+
+def message(runs: list[Run]) -> str:
+    """Says how far from float32 each setting ends, as a mean over the seeds."""
+    ends: dict[str, list[float]] = {}
+    for run in runs:
+        ends.setdefault(run.setting, []).append(above_float32(run, runs)[run.steps])
+    others = [f"{LOOKS[name].label} {np.mean(ends[name]):+.3f}" for name in ends][1:]
+    return f"Held-out loss at the end, less float32's: {', '.join(others)}"
+
+
+def draw_losses(axes: Axes, runs: list[Run]) -> None:
+    """Draws the held-out loss over the steps."""
+    for run in runs:
+        look = LOOKS[run.setting]
+        # A name that begins with an underscore is not in the legend: one entry for all seeds.
+        label = f"{'_' if run.seed else ''}{look.label} ({run.bytes:.1f} per parameter)"
+        axes.plot(list(run.held_out), list(run.held_out.values()), label=label, **look.line)
+    axes.set(xlabel="step", ylabel="held-out loss (nats per byte)")
+    axes.set_title(f"a GPT of {runs[0].parameters / 1e6:.1f}M parameters", fontsize="medium")
+    axes.legend(title="setting, and its bytes", alignment="left", frameon=False)
+
+
+def draw_differences(axes: Axes, runs: list[Run]) -> None:
+    """Draws how far the held-out loss is from float32's, over the steps."""
+    for run in runs:
+        difference = above_float32(run, runs)
+        axes.plot(list(difference), list(difference.values()), **LOOKS[run.setting].line)
+    axes.set(xlabel="step", ylabel="held-out loss, less float32's")
+    axes.set_title("the same, less float32's", fontsize="medium")
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draws both panels into a PNG."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, runs)
+    draw_differences(right, runs)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.suptitle(message(runs))
+    figure.savefig(path, dpi=150)
+
+
+def main(seeds: int, small: bool) -> None:
+    """Trains what is missing in docs/, draws the picture there and prints the table.
+
+    With `small` everything is made in a folder that is deleted.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        results = Path(temporary) if small else ROOT / "docs"
+        checkpoints = (Path(temporary) if small else ROOT / "out") / "at_size"
+        shape = SMALL_FLAGS if small else FLAGS
+        with contextlib.redirect_stdout(sys.stderr):
+            runs = complete(results / "quality_at_size.json", range(seeds), shape, checkpoints)
+        draw(runs, results / "quality_at_size.png")
+    print(summary(runs))
