@@ -1,6 +1,6 @@
 """Trains a GPT of ten million parameters, keeps the results and draws its curves.
 
-`quality.py --size` runs this. A training run takes a quarter of an hour on two CPU cores. Each
+`quality.py --size` runs this. A training run takes a quarter or half an hour on two CPU cores. Each
 result goes to a JSON file as soon as it is there, and a run that was interrupted continues from
 its checkpoint.
 """
@@ -52,6 +52,7 @@ LOOKS = {
     SEVEN: Look("7 bytes", {"color": "#222222", "linewidth": 1.8}),
     RELEASED: Look("5 bytes", {"color": "#00a676", "linewidth": 1.8, "linestyle": (0, (1.5, 1.5))}),
 }
+MARKED = {"marker": "o", "markersize": 4}
 
 
 class Run(NamedTuple):
@@ -221,20 +222,20 @@ def message(runs: list[Run]) -> str:
 def draw_losses(axes: Axes, runs: list[Run]) -> None:
     """Draws the held-out loss over the steps."""
     for run in runs:
-        look = LOOKS[run.setting]
+        label, line = LOOKS[run.setting]
+        steps, losses = zip(*run.held_out.items(), strict=True)
         # A name that begins with an underscore is not in the legend: one entry for all seeds.
-        label = f"{'_' if run.seed else ''}{look.label} ({run.bytes:.1f} per parameter)"
-        axes.plot(list(run.held_out), list(run.held_out.values()), label=label, **look.line)
+        axes.plot(steps, losses, label=f"{'_' if run.seed else ''}{label}", **MARKED, **line)
     axes.set(xlabel="step", ylabel="held-out loss (nats per byte)")
     axes.set_title(f"a GPT of {runs[0].parameters / 1e6:.1f}M parameters", fontsize="medium")
-    axes.legend(title="setting, and its bytes", alignment="left", frameon=False)
+    axes.legend(frameon=False)
 
 
 def draw_differences(axes: Axes, runs: list[Run]) -> None:
     """Draws how far the held-out loss is from float32's, over the steps."""
     for run in runs:
-        difference = above_float32(run, runs)
-        axes.plot(list(difference), list(difference.values()), **LOOKS[run.setting].line)
+        steps, differences = zip(*above_float32(run, runs).items(), strict=True)
+        axes.plot(steps, differences, **MARKED, **LOOKS[run.setting].line)
     axes.set(xlabel="step", ylabel="held-out loss, less float32's")
     axes.set_title("the same, less float32's", fontsize="medium")
 

@@ -119,6 +119,7 @@ NOT_RUN = {
     f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
     f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
     f"uv run {FLASH} benchmarks/quality.py": "takes an hour",
+    "uv run benchmarks/quality.py --size": "takes an hour: tests/project/test_benchmarks.py",
     "uv run benchmarks/stress.py": "takes minutes: tests/project/test_benchmarks.py",
     'uv run --with "jax[tpu]" benchmarks/scale.py': "takes minutes: CI, with --small",
     'uv run --with torch --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
