@@ -221,8 +221,8 @@ def gradient_bytes(case: Case, model: Model, params: Any, released: bool) -> int
 def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome:
     """Compiles the step, and takes the peak apart."""
     chips = devices(case.target)[: 1 if case.one else None]
-    # With automatic axes, ZeRO-1 would gather all parameters at once at the end of a released step.
-    kind = AxisType.Explicit if case.zero else AxisType.Auto
+    # Where nothing is divided, nobody needs to say where arrays meet.
+    kind = AxisType.Auto if case.one else AxisType.Explicit
     mesh = Mesh(np.array(chips), (AXIS,), axis_types=(kind,))
     whole = NamedSharding(mesh, PartitionSpec())
     params = model.params(training.setting.dtype)
@@ -256,7 +256,7 @@ def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome
     outcome = Outcome(parts, size=size, devices=mesh.size)
     jax.clear_caches()
     try:
-        with jax.set_mesh(mesh) if case.zero else contextlib.nullcontext():
+        with contextlib.nullcontext() if case.one else jax.set_mesh(mesh):
             traced = jitted.trace(params, state, tokens)
             compiled = traced.lower(lowering_platforms=(PLATFORMS[case.chip],)).compile()
     except jax.errors.JaxRuntimeError as error:

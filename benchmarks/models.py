@@ -8,7 +8,10 @@ Everything that a user of a large model does to save memory is done here:
 - attention is computed for 256 queries at a time, and again in the backward pass, so that no
   layer's scores are there for all queries at once. (Fused kernels take still less.)
 - the loss is computed for 256 tokens at a time, likewise: logits of 2048 tokens and Llama's
-  vocabulary would take 1 GB in float32, and their gradients as much again.
+  vocabulary would take 1 GB in float32, and their gradients as much again;
+- on a mesh with explicit axes, where each device has tokens of its own, weights that are divided
+  (FSDP) are gathered where they are used: those of one layer at a time. The compiler, left to
+  choose, may gather the tokens of all devices instead.
 """
 
 import math
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 CHUNK = 256  # tokens
 COMPUTED = jnp.bfloat16
@@ -92,14 +95,14 @@ class Model(NamedTuple):
 
     def loss(self, params: Params, tokens: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
         """The mean cross-entropy of each token of (batch, length + 1) after those before it."""
-        x = rows(params["embedding"], tokens[:, :-1]).astype(COMPUTED)
+        x = rows(gathered(params["embedding"]), tokens[:, :-1]).astype(COMPUTED)
         if self.gpt2:
-            x += params["positions"][: x.shape[1]].astype(COMPUTED)
+            x += gathered(params["positions"])[: x.shape[1]].astype(COMPUTED)
         block = jax.checkpoint(self.block, prevent_cse=False)
         x, _ = scan(lambda x, p: (block(x, p), None), x, params["blocks"])
-        x = self.norm(x, params["norm"])
+        x = self.norm(x, gathered(params["norm"]))
         head = params["embedding"].T if self.gpt2 else params["head"]
-        head = head.astype(COMPUTED)
+        head = gathered(head.astype(COMPUTED))
 
         def part(x: jax.Array, labels: jax.Array) -> jax.Array:
             logits = (x @ head).astype(jnp.float32)
@@ -109,7 +112,7 @@ class Model(NamedTuple):
 
     def block(self, x: jax.Array, p: Params) -> jax.Array:
         """A layer: attention and an MLP, each after a norm and added to its input."""
-        p = jax.tree.map(lambda w: w.astype(COMPUTED), p)
+        p = jax.tree.map(lambda w: gathered(w.astype(COMPUTED)), p)
 
         def dense(x: jax.Array, name: str) -> jax.Array:
             x = x @ p[name]
@@ -136,11 +139,21 @@ class Model(NamedTuple):
         return (wide * scale).astype(x.dtype)
 
 
+def on_a_mesh(x: jax.Array) -> bool:
+    """Whether an array is on a mesh with explicit axes."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """The whole weight on each device. Backwards, its gradients are added up and divided."""
+    return reshard(weight, PartitionSpec()) if on_a_mesh(weight) else weight
+
+
 def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows of a table. Over explicit axes of a mesh they are divided as their ids are."""
-    sharding = jax.typeof(ids).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    """The rows of a table, divided over devices as their ids are."""
+    if not on_a_mesh(ids):
         return table[ids]
+    sharding = jax.typeof(ids).sharding
     spec = PartitionSpec(*sharding.spec, None)
     return table.at[ids].get(out_sharding=NamedSharding(sharding.mesh, spec))
 
