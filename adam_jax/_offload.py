@@ -83,13 +83,13 @@ def offload(inner: optax.GradientTransformation) -> optax.GradientTransformation
     ) -> tuple[optax.Updates, optax.OptState]:
         if not any(map(in_host, jax.tree.leaves(state))):
             return inner.update(updates, state, params, **extra_args)
-        given, tree = jax.tree.flatten((updates, params, extra_args))
+        given, tree = jax.tree.flatten((updates, params))
         stored, state_tree = jax.tree.flatten(state)
         out_tree: Any = None
 
         def function(*leaves: Any) -> Leaves:
             nonlocal out_tree
-            updates, params, extra_args = tree.unflatten(leaves[: len(given)])
+            updates, params = tree.unflatten(leaves[: len(given)])
             state = state_tree.unflatten(leaves[len(given) :])
             result = inner.update(updates, state, params, **extra_args)
             outputs, out_tree = jax.tree.flatten(result)

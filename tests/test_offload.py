@@ -1,5 +1,7 @@
 """State in host memory: bit-identical to the same state on the device, whatever is done with it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,22 @@ def test_chains(name):
     formats = {"a": "int8", "scalar": None, "row": None, "none": None}
     adam = adam_jax.adamw(**EXACT, mu_dtype=formats, nu_dtype=formats)
     check(CHAINS[name](adam), shapes={name: SHAPES[name] for name in ("a", "row", "scalar")})
+
+
+def test_extra_arguments():
+    """Functions among them too; arrays may be traced."""
+
+    def scaled(updates, state, params=None, *, by, function):
+        return jax.tree.map(lambda u: function(u) * by, updates), state
+
+    scale = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled)
+    adam = optax.chain(adam_jax.adamw(**EXACT), scale)
+    results = []
+    for optimizer in (adam, adam_jax.offload(adam)):
+        update = jax.jit(functools.partial(optimizer.update, function=jnp.negative))
+        state = optimizer.init(params_of())
+        results.append(update(gradients_of(), state, params_of(), by=jnp.float32(0.5)))
+    assert same_bits(*results)
 
 
 def test_wrappers_outside():
