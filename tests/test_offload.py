@@ -124,7 +124,9 @@ def test_extra_arguments():
     def scaled(updates, state, params=None, *, by, function):
         return jax.tree.map(lambda u: function(u) * by, updates), state
 
-    scale = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled)
+    scale = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), untyped(scaled)
+    )
     adam = optax.chain(adam_jax.adamw(**EXACT), scale)
     results = []
     for optimizer in (adam, adam_jax.offload(adam)):
