@@ -328,6 +328,21 @@ def test_meshes_have_the_bits_of_one_device(placement, kind, standard_promotion)
     assert_same_bits(tuple(carry), expected[1:])
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_within_a_mesh(kind):
+    """JAX says where the scales of a stack of one layer lie, and not where those of several do."""
+    mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
+    optimizer = adam_jax.adam(2**-8, mu_dtype="int8", nu_dtype="int8")
+    loss = lambda params, scan: scan(lambda x, w: (x + jnp.sum(w), None), 0.0, params["w"])[0]  # noqa: E731
+    step = adam_jax.value_and_update(loss, optimizer, layers=True)
+    with jax.set_mesh(mesh):
+        params = {"w": jnp.ones((3, 64, 64))}
+        state = optimizer.init(params)
+        _, *released = jax.jit(step)(params, state)
+        updates, new = jax.jit(optimizer.update)(params, state, params)  # gradients are 1
+        assert_same_bits(tuple(released), (optax.apply_updates(params, updates), new))
+
+
 def test_state_divided_along_its_layers_is_refused():
     mesh = jax.make_mesh((3,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:3])
     params = jax.device_put({"w": jnp.ones((3, 4))}, NamedSharding(mesh, PartitionSpec()))
