@@ -120,7 +120,9 @@ def _sum(param: RealLeaf) -> jax.Array:
 
 
 def _raise_unless(paths: Sequence[str], landed: Any) -> None:
-    for path, yes in zip(paths, landed, strict=True):
+    # As an array of NumPy: a callback that computes with one of JAX waits for threads which, on a
+    # CPU, wait for the callback.
+    for path, yes in zip(paths, np.asarray(landed), strict=True):
         if not yes:
             raise ValueError(
                 f"parameter {path} is not where the last updates should have brought it. Nothing "

@@ -12,6 +12,7 @@ from trees import random_tree, step_of, untyped
 
 import adam_jax
 from adam_jax import check_landing, convert_remainder, load_master_params, master_weights
+from adam_jax._landing import _raise_unless
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -51,6 +52,20 @@ def test_outside_of_jit_the_error_is_one_of_python():
         optimizer.update(params, state, optax.apply_updates(params, updates))
     with pytest.raises(ValueError, match="check_landing needs the parameters"):
         optimizer.update(params, state)
+
+
+def test_its_callback_computes_nothing_with_jax():
+    """On a CPU that would wait for threads that wait for the callback: a run stood still for it."""
+
+    class Landed:
+        def __array__(self, dtype=None, copy=None):
+            return np.array([True, False])
+
+        def __iter__(self):
+            raise AssertionError("JAX would take the array apart with a computation")
+
+    with pytest.raises(ValueError, match="parameter second is not where"):
+        _raise_unless(["first", "second"], Landed())
 
 
 @pytest.mark.covering
