@@ -9,6 +9,7 @@ and returns it before the next one fetches anything.
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -135,8 +136,9 @@ def leaf_by_leaf(
     # What the compiler does not know to be 1. Each part hands it on, so that they go in turn.
     once = jax.lax.optimization_barrier(jnp.int32(1))
     results: Values = {}
+    producers = _producers(after)
     for part in parts:
-        program = _Program.of(after, part.outputs)
+        program = _Program.of(after, part.outputs, producers)
         home = {new_state + j: len(given) + j for j in part.leaves}
         inputs = {k: values[k] for k in program.places if k not in hosted}
         state = {place: values[place] for place in home.values()}
@@ -149,7 +151,8 @@ def leaf_by_leaf(
         step = functools.partial(program.step, home)
         once, new, state = _in_turn(step, once, inputs, types, own, state)
         results |= new | {k: state[place] for k, place in home.items()}
-    rest = _Program.of(after, [k for k in range(len(jaxpr.outvars)) if k not in results])
+    rest = [k for k in range(len(jaxpr.outvars)) if k not in results]
+    rest = _Program.of(after, rest, producers)
     results |= rest.run(dict(enumerate(values)))
     return [results[k] for k in range(len(jaxpr.outvars))]
 
@@ -174,8 +177,10 @@ class _Program(NamedTuple):
     outputs: list[int]
 
     @classmethod
-    def of(cls, jaxpr: Jaxpr, outputs: list[int]) -> _Program:
-        program, used = needed(jaxpr, outputs)
+    def of(cls, jaxpr: Jaxpr, outputs: list[int], producers: dict[Any, int]) -> _Program:
+        # Most equations belong to other leaves: what is left out here need not be looked at.
+        eqns = [jaxpr.eqns[i] for i in _behind(jaxpr, outputs, producers)]
+        program, used = needed(jaxpr.replace(eqns=eqns), outputs)
         return cls(program, [k for k, yes in enumerate(used) if yes], outputs)
 
     def run(self, inputs: Values) -> Values:
@@ -268,21 +273,17 @@ def _split(jaxpr: Jaxpr, hosted: dict[int, int], parts: Sequence[_Part]) -> tupl
 
     The first has what several parts need and nothing in host memory goes into.
     """
-    users: dict[Any, set[int]] = {}  # of a variable
-    for i, part in enumerate(parts):
-        wanted = set(_variables(jaxpr.outvars[k] for k in part.outputs))
-        for eqn in reversed(jaxpr.eqns):
-            if wanted.intersection(eqn.outvars):
-                wanted.update(_variables(eqn.invars))
-        for x in wanted:
-            users.setdefault(x, set()).add(i)
+    producers = _producers(jaxpr)
+    users = collections.Counter(
+        i for part in parts for i in _behind(jaxpr, part.outputs, producers)
+    )
     fetched = {jaxpr.invars[k] for k in hosted}
     first, second = [], []
-    for eqn in jaxpr.eqns:
+    for i, eqn in enumerate(jaxpr.eqns):
         if fetched.intersection(_variables(eqn.invars)):
             fetched.update(eqn.outvars)
-        common = any(len(users.get(x, ())) > 1 for x in eqn.outvars)
-        (first if common and not fetched.intersection(eqn.outvars) else second).append(eqn)
+        common = users[i] > 1 and not fetched.intersection(eqn.outvars)
+        (first if common else second).append(eqn)
     used = {x for eqn in second for x in _variables(eqn.invars)}
     used.update(_variables(jaxpr.outvars))
     between = [x for eqn in first for x in eqn.outvars if x in used]
@@ -290,6 +291,23 @@ def _split(jaxpr: Jaxpr, hosted: dict[int, int], parts: Sequence[_Part]) -> tupl
         jaxpr.replace(eqns=first, outvars=between),
         jaxpr.replace(eqns=second, invars=[*jaxpr.invars, *between]),
     )
+
+
+def _producers(jaxpr: Jaxpr) -> dict[Any, int]:
+    """Returns the place of the equation that each variable comes from."""
+    return {x: i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.outvars}
+
+
+def _behind(jaxpr: Jaxpr, outputs: list[int], producers: dict[Any, int]) -> list[int]:
+    """Returns the places of the equations that some of the outputs come from, in order."""
+    found: set[int] = set()
+    wanted = _variables(jaxpr.outvars[k] for k in outputs)
+    while wanted:
+        i = producers.get(wanted.pop())
+        if i is not None and i not in found:
+            found.add(i)
+            wanted += _variables(jaxpr.eqns[i].invars)
+    return sorted(found)
 
 
 def _variables(atoms: Any) -> list[Any]:
