@@ -23,6 +23,8 @@ import numpy as np
 from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from picture import LOOKS as PICTURED
+from picture import Look
 from quality import SETTINGS, Outcome, gpt, table
 
 ROOT = Path(__file__).parent.parent
@@ -38,17 +40,11 @@ POINTS = 40  # of the training loss, each the mean of the steps since the one be
 DIGITS = 5
 
 
-class Look(NamedTuple):
-    """The name and the line of a setting in the picture."""
-
-    label: str
-    line: dict[str, Any]
-
-
-# The line of float32 is broad: others may lie on it.
 LOOKS = {
-    "float32": Look("float32", {"color": "#8cc4ea", "linewidth": 7}),
-    "all in bfloat16, optax.adamw": Look("plain bfloat16", {"color": "#d55e00", "linewidth": 1.8}),
+    "float32": PICTURED["float32"],
+    "all in bfloat16, optax.adamw": PICTURED["all in bfloat16, optax.adamw"]._replace(
+        label="plain bfloat16"
+    ),
     SEVEN: Look("7 bytes", {"color": "#222222", "linewidth": 1.8}),
     RELEASED: Look("5 bytes", {"color": "#00a676", "linewidth": 1.8, "linestyle": (0, (1.5, 1.5))}),
 }
