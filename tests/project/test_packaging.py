@@ -168,7 +168,14 @@ def test_the_table_of_import_times_is_printed():
     assert all(ratio > 0 for ratio in ratios.values())
 
 
-def test_citation_is_of_this_version():
+def test_the_version_stands_in_one_place_and_leads_the_changelog():
+    versions = re.findall(r"^## (\S+) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0][0] == adam_jax.__version__
+    assert all(re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", date) for _, date in versions)
+    others = ("CITATION.cff", "mkdocs.yml", "pyproject.toml", "README.md")
+    assert [x for x in others if f"{adam_jax.__version__}\n" in (ROOT / x).read_text()] == []
+
+
+def test_citation_has_the_licence():
     citation = (ROOT / "CITATION.cff").read_text()
-    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [adam_jax.__version__]
     assert re.findall(r"^license: (.*)$", citation, re.MULTILINE) == ["Apache-2.0"]
