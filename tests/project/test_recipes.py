@@ -90,6 +90,9 @@ def test_on_one_device_too(title):
 
 # What users type into the search of the site, and the recipe that they should find.
 QUERIES = {
+    "swap optax mask": "Swap optax.adamw in Flax NNX, with a mask",
+    "mask NNX": "Swap optax.adamw in Flax NNX, with a mask",
+    "resume optax checkpoint": "Resume an optax checkpoint",
     "7 bytes": "7 bytes per parameter from a float32 model",
     "cast float32 checkpoint to bfloat16": "7 bytes per parameter from a float32 model",
     "load_master_params": "7 bytes per parameter from a float32 model",
