@@ -1,7 +1,7 @@
-"""The page that says what is checked where, made from the reports of test runs.
+"""Makes the page of what is checked where, from the reports of test runs.
 
-`docs/hooks.py` puts it into the site. The reports are those that CI leaves in out/; others may lie
-beside them, such as that of a machine with a GPU:
+`docs/hooks.py` puts it into the site. CI leaves its reports in out/. Others may be added there,
+such as one from a machine with a GPU:
 
     uv run pytest --junitxml "out/H200, 2027-01-31.xml"
 """
@@ -14,28 +14,34 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-CPU = "ran on a CPU"
+CPU = "CPU"
 REPORTS = {
     "cpu": CPU,
     "compiled": CPU,
-    "oldest": "with the oldest versions",
-    "newest": "with the newest versions",
+    "oldest": "CPU, oldest versions",
+    "newest": "CPU, newest versions",
 }
 COMPILED = {"v5e": "compiled for a TPU v5e", "h100": "compiled for an H100"}
 NOTEBOOKS = "notebooks"
 HEADER = """\
 # What is checked, and where
 
-A number says how many cases of a test passed. By default a test may run a covering set of its
-cases; `uv run pytest --full` runs all. "Compiled" means a program that the compiler for a device
-makes on any machine; tests read it and run it in NumPy, but not on the device. CI has no GPU:
-[this](devices.md#on-a-gpu) was run on one.
+This page lists each test of the reports, with the number of its cases that passed in each place.
+
+- **CPU**: the tests ran on a CPU, with the versions of the project's environment, the oldest
+  supported ones or the newest.
+- **Compiled for**: a device's compiler, which runs on any machine, made a program. The test reads
+  it and runs it in NumPy. Nothing ran on the device.
+- By default a test may run a covering set of its cases. `uv run pytest --full` runs all.
+- CI has no GPU. [These tests](devices.md#on-a-gpu) ran on one.
 """
-NO_REPORTS = "out/ had no reports of tests when this page was built: `bash .ci/run` makes them.\n"
+NO_REPORTS = """\
+There are no test reports yet. `bash .ci/run` leaves them in `out/`; then build this page again.
+"""
 
 
 class Result(NamedTuple):
-    """What became of one case of a test."""
+    """Tells what became of one case of a test."""
 
     file: str
     test: str
@@ -46,9 +52,9 @@ class Result(NamedTuple):
 
 
 def results(report: Path) -> Iterator[Result]:
-    """The results in a report, in the XML of JUnit.
+    """Yields the results in a report, in the XML of JUnit.
 
-    A test in tests/compiled tells by one of its parameters for which device it compiles.
+    One of the parameters of a test in tests/compiled names the device that it compiles for.
     """
     for case in ElementTree.parse(report).iter("testcase"):
         # pytest-xdist adds the group of a test to its name.
@@ -65,17 +71,17 @@ def results(report: Path) -> Iterator[Result]:
             if part.tag in ("failure", "error"):
                 outcome = "failed"
             elif part.tag == "skipped":
-                outcome = "falls short" if part.get("type") == "pytest.xfail" else "skipped"
+                outcome = "known shortcoming" if part.get("type") == "pytest.xfail" else "skipped"
                 reason = part.get("message", "")
-        ran = REPORTS.get(report.stem, f"ran on {report.stem}")
+        ran = REPORTS.get(report.stem, report.stem)
         place = COMPILED[device[0]] if device else ran
         yield Result(file, test, parameters, place, outcome, reason)
 
 
 def contents(file: str, tests: Iterable[str]) -> tuple[str, list[str]]:
-    """What a test file is about (its docstring's first line), and its tests in order."""
+    """Returns the subject of a test file (its docstring's first line), and its tests in order."""
     if file == NOTEBOOKS:
-        return "The notebooks, from their first cell to their last", sorted(tests)
+        return "The notebooks, run from their first cell to their last", sorted(tests)
     module = ast.parse(Path(file).read_text())
     names = [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
     title = (ast.get_docstring(module) or file).splitlines()[0].rstrip(".")
@@ -86,15 +92,15 @@ def contents(file: str, tests: Iterable[str]) -> tuple[str, list[str]]:
 def table(
     name: str, rows: Iterable[tuple[str, collections.Counter[str]]], places: list[str]
 ) -> Iterator[str]:
-    """A table of how many cases passed at each place."""
+    """Yields the lines of a table: how many cases passed at each place."""
     yield f"| {name} | {' | '.join(places)} |"
-    yield "|---" * (1 + len(places)) + "|"
+    yield "|---|" + "---:|" * len(places)
     for row, passed in rows:
         yield f"| {row} | {' | '.join(str(passed[place] or '') for place in places)} |"
 
 
 def page(folder: Path) -> str:
-    """The page, in Markdown."""
+    """Returns the page, in Markdown."""
     # A set, since with the compilers installed the first report has what the second one has.
     found = {result for report in sorted(folder.glob("*.xml")) for result in results(report)}
     if not found:
@@ -120,7 +126,7 @@ def page(folder: Path) -> str:
         rows = [(name.removeprefix("test_").replace("_", " "), tests[file][name]) for name in names]
         lines += [f"\n## {title}\n", *table(f"`{file}`", rows, places)]
     if others:
-        lines.append("\n## What does not pass\n")
+        lines.append("\n## Cases that did not pass\n")
     for reason in sorted(others):
         lines.append(f"- {reason}. {', '.join(sorted(set(others[reason])))}")
     return "\n".join(lines) + "\n"
