@@ -78,13 +78,13 @@ def draw(page: Path, path: Path) -> None:
     }
     figure = Figure(figsize=(6.5, 8.5), layout="constrained")
     panels = figure.subplots(3, 1, height_ratios=[len(large), len(many), len(cpu)])
-    draw_bars(panels[0], "NVIDIA H200: one array of 268 million parameters", large)
-    draw_bars(panels[1], "NVIDIA H200: GPT-2, 148 arrays, started by Python", many)
+    draw_bars(panels[0], "NVIDIA H200: one leaf of 268 million parameters", large)
+    draw_bars(panels[1], "NVIDIA H200: GPT-2, 148 leaves, started by Python", many)
     draw_bars(panels[2], "CPU, two cores: GPT-2", cpu)
     panels[2].set_xlabel("time of a step (float32 = 1; white: other packages)")
     figure.suptitle(
-        f"7 bytes take {large['7 bytes']:.2f} of float32's time on a GPU's large\n"
-        f"array, {many['7 bytes']:.1f} times as long on many, "
+        f"7 bytes take {large['7 bytes']:.2f} of float32's time on one large leaf\n"
+        f"on a GPU, {many['7 bytes']:.1f} times on many leaves, "
         f"{cpu['7 bytes']:.1f} times on a CPU",
         fontsize="x-large",
     )
