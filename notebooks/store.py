@@ -2,8 +2,9 @@
 
     uv run notebooks/store.py notebooks/01_adam_from_the_paper.ipynb
 
-Nothing is stored that changes from run to run by itself, such as times. Figures get a palette of
-256 colours, which makes them three times smaller. A notebook that prints to stderr is refused.
+It stores nothing that changes from run to run by itself, such as times. Of the metadata of a cell
+it keeps only what folds the code away. Figures get a palette of 256 colours, which makes them three
+times smaller. It refuses a notebook that prints to stderr.
 """
 
 import argparse
@@ -14,6 +15,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+
+# Fold a cell's code away, in Colab and in Jupyter.
+FOLDING = {"cellView", "jupyter"}
 
 
 def with_palette(png: str) -> str:
@@ -34,7 +38,7 @@ def store(path: Path) -> None:
     NotebookClient(notebook, resources=resources, **options).execute()
     notebook.metadata = metadata
     for cell in notebook.cells:
-        cell.metadata = {}
+        cell.metadata = {key: cell.metadata[key] for key in FOLDING & set(cell.metadata)}
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
                 raise SystemExit(f"{path} prints to stderr: {output.text}")
