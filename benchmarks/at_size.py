@@ -5,6 +5,7 @@ result goes to a JSON file as soon as it is there, and a run that was interrupte
 its checkpoint.
 """
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -17,37 +18,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import digits  # noqa: F401 (finds the examples)
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experiment import Experiment, add_options, experiment_of
 from flax import nnx
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from picture import LOOKS as PICTURED
-from picture import Look
-from quality import SETTINGS, Outcome, gpt, table
+from plot import LOOKS, TEXT, message
+from precision import DEFAULT, SETTINGS
+from quality import Outcome, table
+from text import described, load_text, windows
+from train import train
 
 ROOT = Path(__file__).parent.parent
-SEVEN = "weights in bfloat16 + int8, moments in int8"
-RELEASED = f"{SEVEN}, gradient release"
-AT_SIZE = {name: SETTINGS[name] for name in ("float32", "all in bfloat16, optax.adamw", SEVEN)} | {
-    RELEASED: SETTINGS[SEVEN]._replace(flags=f"{SETTINGS[SEVEN].flags} --release")
-}
 FLAGS = "--steps 2000 --layers 6 --width 384 --context 128 --batch-size 4 --learning-rate 1e-3"
 SMALL_FLAGS = "--steps 10 --layers 1 --width 32 --context 32 --batch-size 4"
 THINNED = 8  # one in so many windows of the held-out text is scored, always the same ones
 POINTS = 40  # of the training loss, each the mean of the steps since the one before
 DIGITS = 5
-
-
-LOOKS = {
-    "float32": PICTURED["float32"],
-    "all in bfloat16, optax.adamw": PICTURED["all in bfloat16, optax.adamw"]._replace(
-        label="plain bfloat16"
-    ),
-    SEVEN: Look("7 bytes", {"color": "#222222", "linewidth": 1.8}),
-    RELEASED: Look("5 bytes", {"color": "#00a676", "linewidth": 1.8, "linestyle": (0, (1.5, 1.5))}),
-}
 MARKED = {"marker": "o", "markersize": 4}
 
 
@@ -56,7 +47,7 @@ class Run(NamedTuple):
 
     setting: str
     seed: int
-    flags: str  # the command line of the GPT, without seed and folder
+    flags: str  # the command line of the GPT, without setting, seed and folder
     training: dict[int, float]  # step -> mean loss since the step before
     held_out: dict[int, float]  # step -> loss
     parameters: int
@@ -106,33 +97,25 @@ def save(runs: Iterable[Run], path: Path) -> None:
 
 def thin(held_out: np.ndarray, context: int) -> np.ndarray:
     """Keeps one in THINNED of the windows that the GPT scores."""
-    length = context + 1
-    windows = held_out[: len(held_out) // length * length].reshape(-1, length)
-    return windows[::THINNED].ravel()
+    return windows(held_out, context + 1)[::THINNED].ravel()
 
 
-def flags_of(name: str, shape: str) -> str:
-    """Returns the command line of the GPT, without seed and folder."""
-    return f"{shape} {AT_SIZE[name].flags}".strip()
+def parse(flags: str) -> Experiment:
+    """Reads the command line of the GPT."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return experiment_of(parser.parse_args(flags.split()))
 
 
-def described(text: Any) -> str:
-    """Returns the size and the checksum of a training text."""
-    return gpt.settings_of_steps(gpt.parse_arguments([]), text)["text"]
-
-
-def train(name: str, seed: int, shape: str, text: Any, checkpoints: Path) -> Run:
+def train_in(name: str, seed: int, flags: str, text: Any, checkpoints: Path) -> Run:
     """Trains in one setting, or continues from the last checkpoint in a folder."""
-    flags = flags_of(name, shape)
-    settings = gpt.parse_arguments(
-        [*flags.split(), "--seed", str(seed), "--checkpoints", str(checkpoints)]
-    )
+    experiment, setting = parse(flags)._replace(seed=seed), SETTINGS[name]
     training, held_out = text
-    scored = thin(held_out, settings.context)
-    result = gpt.train(settings, (training, scored), AT_SIZE[name].make_optimizer, thinned=1)
+    scored = thin(held_out, experiment.context)
+    result = train(experiment, setting, (training, scored), checkpoints, thinned=1)
     # With release only one block at a time has its gradient.
-    gradient = 0 if settings.release else jnp.dtype(settings.param_dtype).itemsize
-    parts = np.array_split(result.losses, min(POINTS, settings.steps))
+    gradient = 0 if setting.release else jnp.dtype(setting.dtype).itemsize
+    parts = np.array_split(result.losses, min(POINTS, experiment.steps))
     ends = np.cumsum([len(part) for part in parts]).tolist()
     means = [round(float(part.mean()), DIGITS) for part in parts]
     return Run(
@@ -142,9 +125,9 @@ def train(name: str, seed: int, shape: str, text: Any, checkpoints: Path) -> Run
         training=dict(zip(ends, means, strict=True)),
         held_out={step: round(loss, DIGITS) for step, loss in result.held_out.items()},
         parameters=sum(leaf.size for leaf in jax.tree.leaves(nnx.state(result.model))),
-        bytes=round(result.memory + gradient, 3),
-        seconds_per_step=round(settings.batch_size * settings.context / result.speed, 3),
-        text=described(text),
+        bytes=round(result.stored + gradient, 3),
+        seconds_per_step=round(experiment.batch_size * experiment.context / result.speed, 3),
+        text=described(training),
         scored=len(scored),
         date=datetime.date.today().isoformat(),
         python=platform.python_version(),
@@ -153,19 +136,19 @@ def train(name: str, seed: int, shape: str, text: Any, checkpoints: Path) -> Run
     )
 
 
-def complete(path: Path, seeds: Iterable[int], shape: str, checkpoints: Path) -> list[Run]:
+def complete(path: Path, seeds: Iterable[int], flags: str, checkpoints: Path) -> list[Run]:
     """Trains what is missing in a file and returns the file's runs of the seeds.
 
     Raises:
         ValueError: if a run is missing, and those in the file do not compare with it: they have
             other flags or another text, and every version of Python has its own.
     """
-    wanted = [(name, seed) for seed in seeds for name in AT_SIZE]
+    wanted = [(name, seed) for seed in seeds for name in DEFAULT]
     found = {(run.setting, run.seed): run for run in load(path)}
     missing = [key for key in wanted if key not in found]
-    text = gpt.load_text()
+    text = load_text()
     for run in found.values() if missing else ():
-        now = f"{flags_of(run.setting, shape)}, {described(text)}"
+        now = f"{flags}, {described(text[0])}"
         if (made := f"{run.flags}, {run.text}") != now:
             raise ValueError(
                 f"{path} has a run of another kind: {made}, and not {now}. "
@@ -174,7 +157,7 @@ def complete(path: Path, seeds: Iterable[int], shape: str, checkpoints: Path) ->
     for name, seed in missing:
         print(f"{name}, seed {seed}", flush=True)
         folder = checkpoints / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
-        found[name, seed] = train(name, seed, shape, text, folder)
+        found[name, seed] = train_in(name, seed, flags, text, folder)
         save(found.values(), path)
         shutil.rmtree(folder)
         jax.clear_caches()
@@ -184,17 +167,17 @@ def complete(path: Path, seeds: Iterable[int], shape: str, checkpoints: Path) ->
 def summary(runs: list[Run]) -> str:
     """Writes the table of the runs in markdown, and what they have in common."""
     run = runs[0]
-    settings = gpt.parse_arguments(run.flags.split())
+    experiment = parse(run.flags)
     outcomes: dict[str, list[Outcome]] = {}
     for each in runs:
         outcomes.setdefault(each.setting, []).append(Outcome(each.final, each.bytes))
     title = f"{run.parameters / 1e6:.1f}M parameters: held-out loss, nats per byte"
     times = [each.seconds_per_step for each in runs]
-    tokens = run.steps * settings.batch_size * settings.context
+    tokens = run.steps * experiment.batch_size * experiment.context
     return (
         f"{table(title, run.flags, outcomes, 4)}\n\n"
-        f"{run.parameters:,} parameters; {run.steps:,} steps of {settings.batch_size} x "
-        f"{settings.context} bytes, {tokens:,} in all, of a text of {run.text}; {run.scored:,} "
+        f"{run.parameters:,} parameters; {run.steps:,} steps of {experiment.batch_size} x "
+        f"{experiment.context} bytes, {tokens:,} in all, of a text of {run.text}; {run.scored:,} "
         f"held-out bytes. A step took {min(times):.2f} to {max(times):.2f} s. "
         f"Python {run.python}, JAX {run.jax}, {run.device}, {run.date}."
     )
@@ -206,13 +189,12 @@ def above_float32(run: Run, runs: list[Run]) -> dict[int, float]:
     return {step: loss - float32.held_out[step] for step, loss in run.held_out.items()}
 
 
-def message(runs: list[Run]) -> str:
-    """Says how far from float32 each setting ends, as a mean over the seeds."""
-    ends: dict[str, list[float]] = {}
+def ends(runs: list[Run]) -> dict[str, float]:
+    """Returns each setting's held-out loss at the end, as a mean over the seeds."""
+    found: dict[str, list[float]] = {}
     for run in runs:
-        ends.setdefault(run.setting, []).append(above_float32(run, runs)[run.steps])
-    others = [f"{LOOKS[name].label} {np.mean(ends[name]):+.3f}" for name in ends][1:]
-    return f"Held-out loss at the end, less float32's: {', '.join(others)}"
+        found.setdefault(run.setting, []).append(run.final)
+    return {name: float(np.mean(losses)) for name, losses in found.items()}
 
 
 def draw_losses(axes: Axes, runs: list[Run]) -> None:
@@ -222,9 +204,9 @@ def draw_losses(axes: Axes, runs: list[Run]) -> None:
         steps, losses = zip(*run.held_out.items(), strict=True)
         # A name that begins with an underscore is not in the legend: one entry for all seeds.
         axes.plot(steps, losses, label=f"{'_' if run.seed else ''}{label}", **MARKED, **line)
-    axes.set(xlabel="step", ylabel="held-out loss (nats per byte)")
-    axes.set_title(f"a GPT of {runs[0].parameters / 1e6:.1f}M parameters", fontsize="medium")
-    axes.legend(frameon=False)
+    axes.set(ylabel="held-out loss\n(nats per byte)")
+    axes.set_title(message(ends(runs)))
+    axes.legend(frameon=False, title=f"GPT of {runs[0].parameters / 1e6:.1f}M parameters")
 
 
 def draw_differences(axes: Axes, runs: list[Run]) -> None:
@@ -232,21 +214,20 @@ def draw_differences(axes: Axes, runs: list[Run]) -> None:
     for run in runs:
         steps, differences = zip(*above_float32(run, runs).items(), strict=True)
         axes.plot(steps, differences, **MARKED, **LOOKS[run.setting].line)
-    axes.set(xlabel="step", ylabel="held-out loss, less float32's")
-    axes.set_title("the same, less float32's", fontsize="medium")
+    axes.set(xlabel="step", ylabel="difference from float32\n(nats per byte)")
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Draws both panels into a PNG."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_losses(left, runs)
-    draw_differences(right, runs)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    figure.suptitle(message(runs))
-    figure.savefig(path, dpi=150)
+    """Draws both panels into a PNG, one above the other."""
+    with rc_context(TEXT):
+        figure = Figure(figsize=(6.4, 7.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        draw_losses(above, runs)
+        draw_differences(below, runs)
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
 
 
 def main(seeds: int, small: bool) -> None:
@@ -257,8 +238,8 @@ def main(seeds: int, small: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         results = Path(temporary) if small else ROOT / "docs"
         checkpoints = (Path(temporary) if small else ROOT / "out") / "at_size"
-        shape = SMALL_FLAGS if small else FLAGS
+        flags = SMALL_FLAGS if small else FLAGS
         with contextlib.redirect_stdout(sys.stderr):
-            runs = complete(results / "quality_at_size.json", range(seeds), shape, checkpoints)
+            runs = complete(results / "quality_at_size.json", range(seeds), flags, checkpoints)
         draw(runs, results / "quality_at_size.png")
     print(summary(runs))

@@ -1,16 +1,17 @@
-"""Trains with parameters and moments kept in fewer and fewer bits, and says what that costs.
+"""Trains with weights and moments in fewer and fewer bits, and prints how well each one learns.
 
     python benchmarks/quality.py
     uv run --with flashoptim-jax benchmarks/quality.py
     uv run benchmarks/quality.py --size
 
-The GPT and the network for MNIST of the examples, over several seeds. With one seed all settings
-see the same data in the same order and start from the same weights (rounded, where they are not
-kept in float32). flashoptim_jax is a row of the tables where it is installed. The tables go to
-stdout when all is done, each result to stderr as soon as it is there.
+Trains the GPT of `examples/gpt` and the network of `examples/flax_nnx.py` on MNIST digits, over
+several seeds. With one seed all settings see the same data in the same order and start from the
+same weights, rounded where they are not stored in float32. FlashOptim is a row of the tables where
+its package, `flashoptim-jax`, is installed. The tables go to stdout at the end, each result to
+stderr as soon as it is there.
 
-With `--size` it is a GPT of ten million parameters, in the settings of `at_size.py`. Each result is
-kept in `docs/quality_at_size.json`, and only what is missing there is trained.
+With `--size` it is a GPT of ten million parameters, in the settings of `at_size.py`. Each result
+goes to `docs/quality_at_size.json`, and only those missing there are trained.
 """
 
 import argparse
@@ -18,73 +19,49 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import digits  # finds the examples
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-
-import gpt
-import mnist
-
-LOW_MOMENTS = {
-    "bfloat16": "--mu-dtype bfloat16 --nu-dtype bfloat16",
-    "int8": "--mu-dtype int8 --nu-dtype int8",
-}
-
-
-class Setting(NamedTuple):
-    """A row of the tables: flags of the examples, and an optimizer if it is not ours."""
-
-    flags: str
-    make_optimizer: Callable[..., optax.GradientTransformation] = mnist.make_optimizer
+import precision
+from experiment import Experiment
+from precision import Setting
+from text import load_text
+from train import train
 
 
 class Outcome(NamedTuple):
-    """What is reported of one training."""
+    """The figures of one training run."""
 
     score: float
     memory: float  # bytes per parameter: weight, gradient and optimizer state
 
 
-def optax_adamw(settings: argparse.Namespace, steps: int) -> optax.GradientTransformation:
-    """The optimizer of the examples, made of nothing but optax."""
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            mnist.make_schedule(settings.learning_rate, steps),
-            weight_decay=mnist.WEIGHT_DECAY,
-            mask=mnist.is_kernel,
-        ),
-    )
-
-
-def flash_adamw(settings: argparse.Namespace, steps: int) -> optax.GradientTransformation:
-    """FlashOptim's AdamW, which makes new parameters itself, as an optax transformation."""
+def flash_adamw(variant: str, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Makes an optax transformation of FlashOptim's AdamW, which returns new parameters."""
     import flashoptim_jax
 
     clip = optax.clip_by_global_norm(1.0)
 
     def optimizer(params):
-        kernels = jax.tree.leaves(mnist.is_kernel(params))
+        kernels = jax.tree.leaves(precision.is_kernel(params))
         return flashoptim_jax.flash_adamw(
-            mnist.make_schedule(settings.learning_rate, steps),
+            rate,
             weight_decay=0.0,
             param_groups=[
                 {
                     "params": lambda path, leaf: kernels[path[0]],
-                    "weight_decay": mnist.WEIGHT_DECAY,
+                    "weight_decay": precision.WEIGHT_DECAY,
                 }
             ],
             fused=False,  # the same arithmetic without its kernels for GPUs
         )
 
-    # It compares the structures of its trees, and nnx.Optimizer changes them: it gets lists.
+    # It compares the structures of its trees, which nnx.Optimizer changes: so it gets lists.
     def init(params):
         return optimizer(params).init(jax.tree.leaves(params))
 
@@ -100,58 +77,61 @@ def flash_adamw(settings: argparse.Namespace, steps: int) -> optax.GradientTrans
     return optax.GradientTransformation(init, update)
 
 
-SETTINGS = {
-    "float32": Setting(""),
-    "moments in bfloat16": Setting(LOW_MOMENTS["bfloat16"]),
-    "moments in int8": Setting(LOW_MOMENTS["int8"]),
-    "weights in bfloat16 + int8, moments in int8": Setting(
-        f"--param-dtype bfloat16 --remainder int8 {LOW_MOMENTS['int8']}"
-    ),
-    "all in bfloat16, optax.adamw": Setting("--param-dtype bfloat16", optax_adamw),
-    "weights in bfloat16 + int8, flashoptim_jax": Setting("--param-dtype bfloat16", flash_adamw),
+FLASH = "FlashOptim, 7 bytes"
+OURS = ["float32", "bfloat16 moments", "int8 moments", "7 bytes", "optax.adamw, all bfloat16"]
+SETTINGS = {name: precision.SETTINGS[name] for name in OURS} | {
+    FLASH: Setting(FLASH, flash_adamw, dtype="bfloat16")
 }
 
 
-def train_gpt(setting: Setting, flags: str) -> Outcome:
-    """The held-out loss in nats per byte."""
-    settings = gpt.parse_arguments(f"{flags} {setting.flags}".split())
-    result = gpt.train(settings, gpt.load_text(), setting.make_optimizer)
-    gradient = jnp.dtype(settings.param_dtype).itemsize
-    return Outcome(result.held_out[settings.steps], result.memory + gradient)
+def train_gpt(setting: Setting, experiment: Experiment) -> Outcome:
+    """Returns the held-out loss in nats per byte."""
+    result = train(experiment, setting, load_text())
+    gradient = jnp.dtype(setting.dtype).itemsize
+    return Outcome(result.held_out[experiment.steps], result.stored + gradient)
 
 
-def train_mnist(setting: Setting, flags: str) -> Outcome:
-    """The accuracy on the held-out digits, in percent."""
-    settings = mnist.parse_arguments(f"{flags} {setting.flags}".split())
-    result = mnist.train(settings, setting.make_optimizer)
-    gradient = jnp.dtype(settings.param_dtype).itemsize
-    return Outcome(100 * result.accuracies[-1], result.memory + gradient)
+def train_digits(setting: Setting, epochs: int, batch_size: int, seed: int) -> Outcome:
+    """Returns the accuracy on the held-out digits in percent."""
+    accuracy, stored = digits.train(setting, epochs, batch_size, seed)
+    return Outcome(100 * accuracy, stored + jnp.dtype(setting.dtype).itemsize)
 
 
 class Task(NamedTuple):
     """A table: what is trained, how long, and how scores are shown."""
 
     title: str
-    train: Callable[[Setting, str], Outcome]
-    flags: str
+    length: str
+    train: Callable[[Setting, int], Outcome]  # with a seed
     digits: int
 
 
 def tasks(options: argparse.Namespace) -> list[Task]:
-    """Both tables, or what shows within a minute that all of this runs."""
+    """Returns both tables, or with `--small` two that take a minute."""
     if options.small:
-        of_gpt = "--steps 20 --layers 1 --width 32 --context 32 --batch-size 8"
-        of_mnist = "--epochs 1 --batch-size 400"
+        experiment = Experiment(steps=20, layers=1, width=32, context=32, batch_size=8)
+        epochs, batch_size = 1, 400
     else:
-        of_gpt, of_mnist = f"--steps {options.steps}", f"--epochs {options.epochs}"
+        experiment = Experiment(steps=options.steps)
+        epochs, batch_size = options.epochs, 32
     return [
-        Task("GPT: held-out loss, nats per byte", train_gpt, of_gpt, 4),
-        Task("MNIST: held-out accuracy, %", train_mnist, of_mnist, 2),
+        Task(
+            "GPT: held-out loss, nats per byte",
+            f"--steps {experiment.steps}",
+            lambda setting, seed: train_gpt(setting, experiment._replace(seed=seed)),
+            4,
+        ),
+        Task(
+            "MNIST: held-out accuracy, %",
+            f"--epochs {epochs}",
+            lambda setting, seed: train_digits(setting, epochs, batch_size, seed),
+            2,
+        ),
     ]
 
 
-def table(title: str, flags: str, outcomes: dict[str, list[Outcome]], digits: int) -> str:
-    """Writes in markdown each seed's score, their mean, and how far it is from float32's."""
+def table(title: str, length: str, outcomes: dict[str, list[Outcome]], digits: int) -> str:
+    """Writes in markdown each seed's score, their mean, and its difference from float32's."""
     scores = {name: np.array([o.score for o in found]) for name, found in outcomes.items()}
     baseline, *_ = scores.values()
     seeds = len(baseline)
@@ -163,14 +143,14 @@ def table(title: str, flags: str, outcomes: dict[str, list[Outcome]], digits: in
         difference = f"{found.mean() - baseline.mean():+.{digits}f}"
         rows.append([name, f"{outcomes[name][0].memory:.2f}", *shown, difference])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"**{title}** (`{flags}`)", "", *lines])
+    return "\n".join([f"**{title}** (`{length}`)", "", *lines])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains everything and prints both tables; progress goes to stderr."""
     parser = argparse.ArgumentParser(
-        description="Trains the examples' networks with parameters and moments in fewer and "
-        "fewer bits, and prints how well they learned as markdown tables.",
+        description="Trains the examples' networks with weights and moments in fewer and fewer "
+        "bits, and prints how well they learn as markdown tables.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -180,7 +160,7 @@ def main() -> None:
     add("--epochs", type=int, default=6, metavar="N", help="over MNIST")
     add("--small", action="store_true", help="tiny networks; the scores mean nothing")
     add("--size", action="store_true", help="a GPT of ten million parameters, for 2,000 steps")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seeds = getattr(options, "seeds", 1 if options.size else 3)
     if min(seeds, options.steps, options.epochs) < 1:
         parser.error("--seeds, --steps and --epochs must be at least 1")
@@ -192,7 +172,7 @@ def main() -> None:
     settings = dict(SETTINGS)
     if importlib.util.find_spec("flashoptim_jax") is None:
         print("flashoptim_jax is not installed: its row is left out", file=sys.stderr)
-        settings = {k: v for k, v in settings.items() if v.make_optimizer is not flash_adamw}
+        del settings[FLASH]
 
     began, tables = time.monotonic(), []
     for task in tasks(options):
@@ -201,7 +181,7 @@ def main() -> None:
         for seed in range(seeds):
             for name, setting in settings.items():
                 with contextlib.redirect_stdout(sys.stderr):
-                    outcome = task.train(setting, f"{task.flags} --seed {seed}")
+                    outcome = task.train(setting, seed)
                 outcomes[name].append(outcome)
                 jax.clear_caches()
                 print(
@@ -210,7 +190,7 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-        tables.append(table(task.title, task.flags, outcomes, task.digits))
+        tables.append(table(task.title, task.length, outcomes, task.digits))
     print("\n\n".join(tables))
 
 

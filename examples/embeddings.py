@@ -1,17 +1,18 @@
-r"""Trains embeddings of what stands before a byte, in a table of which each step uses few rows.
+"""Trains a table of embeddings of which each step uses few rows.
 
     uv run examples/embeddings.py
-    uv run examples/embeddings.py --mu-dtype int8 --nu-dtype int8
+    uv run examples/embeddings.py --moments int8
     uv run examples/embeddings.py --mode exact --steps 600
     uv run examples/embeddings.py --compare --rows 65536 --steps 1000
 
 The model predicts the next byte of Python's standard library. The last byte, the last two and so on
-up to the last six each name a row of one table, by a hash, and a small network reads the rows that
-are found. The default settings take about two minutes on two CPU cores. Of two million rows a step
-uses a few thousand: `adam_jax.row_sparse` updates these in place, however large the table is, and
-the network has an ordinary optimizer. There are three modes: `lazy`, where other rows stay as they
-are, `exact`, where they move as Adam moves them, and `dense`, Adam on the gradient of the whole
-table. The last command trains a small table in each mode. The text is on every machine that runs
+up to the last six each name a row of one table, by a hash, and a small network reads these rows.
+Of two million rows a step uses a few thousand: `adam_jax.row_sparse` updates these in place,
+however large the table is. The network has an ordinary optimizer. There are three modes: `lazy`
+leaves other rows as they are, `exact` moves them as Adam does, and `dense` is Adam on the gradient
+of the whole table. The last command trains a small table in each mode.
+
+The default settings take about two minutes on two CPU cores. The text is on every machine that runs
 Python: nothing is downloaded. Every tenth file is held out.
 """
 
@@ -21,7 +22,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from mnist import OPTIMIZERS, Parser, bytes_per_parameter, make_optimizer, make_schedule
 from tqdm import tqdm
 
 import adam_jax
 
-CONTEXTS = 6  # the longest is of so many bytes
+CONTEXTS = 6  # the longest has so many bytes
 HIDDEN_WIDTH = 128
 STEPS_PER_CALL = 20
 EVALUATE_EVERY = 200  # steps
@@ -44,7 +43,7 @@ LOG_2 = math.log(2)  # nats per bit
 
 
 def load_text() -> tuple[jax.Array, jax.Array]:
-    """The bytes of the standard library without its tests, for training and held out."""
+    """Returns the bytes of the standard library without its tests, and those held out."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     paths = sorted(Path(os.__file__).parent.rglob("*.py"))
     paths = [path for path in paths if left_out.isdisjoint(path.parts)]
@@ -55,7 +54,7 @@ def load_text() -> tuple[jax.Array, jax.Array]:
 
 
 def context_ids(text: jax.Array, places: jax.Array, rows: int) -> jax.Array:
-    """The rows of what stands before each place: of the last byte, the last two and so on."""
+    """Returns the rows of the contexts of each place: the last byte, the last two and so on."""
     hashed, ids = jnp.zeros(places.shape, jnp.uint32), []
     for back in range(1, CONTEXTS + 1):
         hashed = (hashed + text[places - back] + 1) * np.uint32(0x9E3779B1)
@@ -65,7 +64,7 @@ def context_ids(text: jax.Array, places: jax.Array, rows: int) -> jax.Array:
 
 
 def mean_loss(vectors: jax.Array, network: Any, labels: jax.Array) -> jax.Array:
-    """In bits per byte: the network reads the vectors of all contexts side by side."""
+    """Returns bits per byte: the network reads the vectors of all contexts side by side."""
     hidden = jnp.tanh(vectors.reshape(len(vectors), -1) @ network["hidden"])
     logits = (hidden @ network["out"]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
@@ -73,13 +72,13 @@ def mean_loss(vectors: jax.Array, network: Any, labels: jax.Array) -> jax.Array:
 
 
 def dense(optimizer: optax.GradientTransformation) -> adam_jax.RowSparse:
-    """The functions of `row_sparse`, but by way of the gradient of the whole table."""
+    """Returns the functions of `row_sparse`, but computes the gradient of the whole table."""
 
     def lookup(ids: jax.Array, table: jax.Array, state: Any) -> jax.Array:
         return table[ids]
 
     def update(ids: jax.Array, gradients: jax.Array, table: jax.Array, state: Any) -> Any:
-        gradient = jnp.zeros_like(table).at[ids].add(gradients)  # what JAX makes of table[ids]
+        gradient = jnp.zeros_like(table).at[ids].add(gradients)  # as JAX differentiates table[ids]
         updates, state = optimizer.update(gradient, state, table)
         return optax.apply_updates(table, updates), state
 
@@ -93,18 +92,7 @@ MODES = {
 }
 
 
-def make_rows(settings: argparse.Namespace, mode: str) -> adam_jax.RowSparse:
-    """How the table is trained: without clipping, since the exact mode takes nothing but Adam."""
-    moments = {"mu_dtype": settings.mu_dtype, "nu_dtype": settings.nu_dtype}
-    chosen: Any = {name: dtype for name, dtype in moments.items() if dtype != "float32"}
-    schedule = make_schedule(settings.learning_rate, settings.steps)
-    optimizer = OPTIMIZERS[settings.optimizer](schedule, **chosen)
-    if settings.remainder != "off":
-        optimizer = adam_jax.master_weights(optimizer, settings.remainder)
-    return MODES[mode](optimizer)
-
-
-# Donated, table and state are updated in place: the time of a step does not grow with the table.
+# With donation a step works in place: its time does not grow with the table.
 @functools.partial(
     jax.jit, static_argnames=("rows", "optimizer", "batch_size"), donate_argnames="carry"
 )
@@ -117,7 +105,7 @@ def train_steps(
     text: jax.Array,
     key: jax.Array,
 ) -> tuple[tuple[Any, ...], jax.Array]:
-    """The table, its state, the network and its state after the numbered steps; their losses."""
+    """Returns the table, its state, the network and its state, and the loss of each step."""
 
     def step(carry: tuple[Any, ...], number: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
         table, table_state, network, network_state = carry
@@ -138,7 +126,7 @@ def train_steps(
 def held_out_loss(
     rows: adam_jax.RowSparse, table: jax.Array, state: Any, network: Any, text: jax.Array
 ) -> jax.Array:
-    """The mean loss at places all over the text, 1,024 at a time."""
+    """Returns the mean loss at places all over the text, 1,024 at a time."""
 
     def loss(places: jax.Array) -> jax.Array:
         vectors = rows.lookup(context_ids(text, places, len(table)), table, state)
@@ -155,20 +143,25 @@ class Result(NamedTuple):
     held_out: dict[int, float]  # bits per byte after so many steps
     step_time: float  # in seconds, without compilation
     seconds: float  # of the whole run
-    memory: float  # bytes per parameter, for the table and its state
+    memory: float  # bytes per parameter of the table and its state
 
 
 def train(settings: argparse.Namespace, mode: str, text: tuple[jax.Array, jax.Array]) -> Result:
-    """Trains in one of the modes, otherwise as the settings say, which are the command line's."""
+    """Trains in one of the modes, with the settings of the command line."""
     began = time.perf_counter()
-    rows, optimizer = make_rows(settings, mode), make_optimizer(settings, settings.steps)
-    # At 0 what has not been seen yet says nothing.
-    table = jnp.zeros((settings.rows, settings.width), settings.param_dtype)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, settings.steps // 10, settings.steps
+    )
+    adam = adam_jax.adam(schedule, mu_dtype=settings.moments, nu_dtype=settings.moments)
+    # Clipping needs all gradients, and the exact mode of a table takes Adam alone.
+    rows, optimizer = MODES[mode](adam), optax.chain(adam_jax.clip_by_global_norm(1.0), adam)
+    # Contexts that no step has seen stay at 0.
+    table = jnp.zeros((settings.rows, settings.width))
     sizes = {"hidden": (CONTEXTS * settings.width, HIDDEN_WIDTH), "out": (HIDDEN_WIDTH, 256)}
     key, draw = jax.random.key(settings.seed), jax.nn.initializers.lecun_normal()
-    network = {name: draw(key, size).astype(settings.param_dtype) for name, size in sizes.items()}
+    network = {name: draw(key, size) for name, size in sizes.items()}
     carry = (table, rows.init(table), network, optimizer.init(network))
-    memory = bytes_per_parameter(*carry[:2])
+    memory = sum(leaf.nbytes for leaf in jax.tree.leaves(carry[:2])) / table.size
 
     numbers = np.arange(settings.steps)
     losses, held_out, times = [], {}, []
@@ -183,7 +176,9 @@ def train(settings: argparse.Namespace, mode: str, text: tuple[jax.Array, jax.Ar
             times.append((time.perf_counter() - call_began) / len(steps))
             bar.update(len(steps))
             done = len(losses)
-            if done == settings.steps:  # from here on the table is what lookup makes of it
+            if (
+                done == settings.steps
+            ):  # the exact mode makes up for the steps that rows have missed
                 catch_up = jax.jit(rows.catch_up, donate_argnums=(0, 1))
                 carry = (*catch_up(*carry[:2]), *carry[2:])
             if done % EVALUATE_EVERY == 0 or done == settings.steps:
@@ -201,55 +196,57 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
     """Draws the bits per byte of each mode, in training and held out, into a PNG."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title)
-    styles = ["C0o-", "C1s-", "C2x--"]  # exact and dense agree: one shows beside the other
+    styles = ["C0o-", "C1s-", "C2x--"]  # exact and dense agree: both must show
     for (mode, result), style in zip(results.items(), styles, strict=False):
         steps = np.arange(1, len(result.losses) + 1)
         axes.plot(steps, result.losses, style[:2], alpha=0.25, linewidth=0.6)
         axes.plot(*zip(*result.held_out.items(), strict=True), style, label=f"{mode}, held out")
     axes.plot([], [], "0.6", linewidth=0.6, label="training, each step")
     lowest = min(result.losses.min() for result in results.values())
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(lowest - 0.1, lowest + 2.5))
+    axes.set(title=title, xlabel="step", ylabel="bits per byte", ylim=(lowest - 0.1, lowest + 2.5))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The settings on the command line, all checked: a mistake shows now, not after training."""
-    parser = Parser(
-        description="Train embeddings of contexts in the source of Python's standard library.",
+def parse_arguments() -> argparse.Namespace:
+    """Parses and checks the command line: a mistake shows now, not after training."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # errors in one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, output = parser.add_argument, Path("out/embeddings.png")
-    add("--mode", choices=MODES, default="lazy", help="what becomes of rows that a step leaves out")
+    add, moments = parser.add_argument, ["float32", "bfloat16", "int8"]
+    add("--mode", choices=MODES, default="lazy", help="how rows move that a step does not use")
     add("--compare", action="store_true", help="train in each mode; best with few rows")
     add("--rows", type=int, default=2**21, metavar="N", help="of the table")
     add("--width", type=int, default=32, metavar="N", help="of each row")
     add("--steps", type=int, default=2400, metavar="N", help="batches to train on")
-    parser.add_training_flags(
-        OPTIMIZERS, optimizer="adam", learning_rate=1e-2, batch_size=2048, output=output
-    )
-    args = parser.parse_args(arguments)
-    for name in ("rows", "width", "steps"):
-        if (value := getattr(args, name)) < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {value}")
-    parser.check_training_flags(args)
+    add("--batch-size", type=int, default=2048, metavar="N", help="bytes to predict per step")
+    add("--learning-rate", type=float, default=1e-2, metavar="RATE", help="peak, after warmup")
+    add("--moments", choices=moments, default="float32", help="what stores mu and nu")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and batches")
+    add("--output", type=Path, default=Path("out/embeddings.png"), metavar="PNG", help="the plot")
+    args = parser.parse_args()
+    for name in ("rows", "width", "steps", "batch_size", "learning_rate"):
+        if (value := getattr(args, name)) <= 0:
+            parser.error(f"argument --{name.replace('_', '-')}: must be positive, got {value}")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: {error}")
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the command line says, and plots how it went."""
-    args = parse_arguments(arguments)
-    text = load_text()
+def main() -> None:
+    """Trains as the command line says and plots the losses."""
+    args, text = parse_arguments(), load_text()
     print(
         f"{len(text[0]):,} bytes of Python's standard library, and {len(text[1]):,} held out; "
         f"a table of {args.rows:,} rows, {args.rows * args.width:,} parameters"
     )
     modes = MODES if args.compare else [args.mode]
     results = {mode: train(args, mode, text) for mode in modes}
-    plot(results, f"Table of {args.rows:,} rows with {args.optimizer}", args.output)
+    plot(results, f"Table of {args.rows:,} rows", args.output)
     print("mode   held-out bits per byte  ms per step  seconds in all  bytes per parameter")
     for mode, (_, held_out, step_time, seconds, memory) in results.items():
         bits = held_out[args.steps]

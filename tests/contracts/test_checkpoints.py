@@ -238,7 +238,7 @@ def falls_short(reason):
     return pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason=reason)
 
 
-@falls_short("Orbax keeps no checksum of arrays: examples/checkpoints.py does")
+@falls_short("Orbax keeps no checksum of arrays: examples/gpt/checkpoints.py does")
 def test_orbax_notices_a_flipped_bit(tmp_path):
     tree = {"noise": np.random.default_rng(0).integers(0, 256, 2**16, np.uint8)}
     with ocp.CheckpointManager(tmp_path) as manager:

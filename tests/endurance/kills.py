@@ -3,7 +3,7 @@
     uv run tests/endurance/kills.py
     uv run tests/endurance/kills.py --kills 100 --setting float32 --seed 1
 
-A small GPT (`examples/gpt.py`) trains undisturbed. Then it trains again, is sent SIGKILL at a
+A small GPT (`examples/gpt`) trains undisturbed. Then it trains again, is sent SIGKILL at a
 random moment, is started anew and continues from its last checkpoint, until it was killed as often
 as asked; after that it may come to its end. What a process does falls into three parts: it starts
 (imports, restores, compiles, makes its first steps), it writes a checkpoint, it trains on. A third
@@ -27,13 +27,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-GPT = Path(__file__).parents[2] / "examples" / "gpt.py"
-SAVE_EVERY = 50  # steps, as gpt.py has it
+GPT = Path(__file__).parents[2] / "examples" / "gpt"
+SAVE_EVERY = 50  # steps, as in examples/gpt
 SMALL = "--layers 1 --width 64 --context 32"
-SETTINGS = {
-    "7-bytes": "--param-dtype bfloat16 --remainder int8 --mu-dtype int8 --nu-dtype int8",
-    "float32": "",
-}
+SETTINGS = ["7 bytes", "float32"]
 LOSSES = ("losses", "held_out")
 STARTING = "before a process had begun to write its first checkpoint"
 TRAINING = "between checkpoints"
@@ -44,16 +41,16 @@ class Training:
     """One process that trains and saves in a folder, in which others may have been killed."""
 
     def __init__(self, folder, steps, setting, script=GPT):
-        folder.mkdir(exist_ok=True)
-        self.checkpoints, self.log = folder / "checkpoints", folder / "log"
-        self.checkpoints.mkdir(exist_ok=True)
+        self.checkpoints = folder / "checkpoints" / setting.replace(" ", "-")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log"
         self.first = self.newest()
         # Held open, lest the file system gives their numbers to folders of this process.
         self.held = [os.open(path, os.O_RDONLY) for path in self.checkpoints.glob("*-tmp*")]
         self.left = self.unfinished()
-        command = [sys.executable, script, *f"{SMALL} {SETTINGS[setting]}".split()]
+        command = [sys.executable, script, *SMALL.split(), "--setting", setting]
         command += ["--steps", str(steps), "--output", folder / "gpt.png"]
-        command += ["--checkpoints", self.checkpoints]
+        command += ["--checkpoints", folder / "checkpoints"]
         environment = {
             "JAX_PLATFORMS": "cpu",
             # What one process has compiled the next one need not.
@@ -130,7 +127,8 @@ def kill_at_random(training, rng, lasts, ahead):
 def final(folder):
     """The last checkpoint: parameters and state by their paths, and all losses."""
     items = ocp.args.Composite(training=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+    (checkpoints,) = (folder / "checkpoints").iterdir()
+    with ocp.CheckpointManager(checkpoints) as manager:
         found = manager.restore(manager.latest_step(), args=items)
     leaves = jax.tree_util.tree_leaves_with_path(found["training"])
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -178,7 +176,7 @@ def train_and_kill(folder, kills, setting, seed):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, metavar="N")
-    parser.add_argument("--setting", choices=SETTINGS, default="7-bytes")
+    parser.add_argument("--setting", choices=SETTINGS, default="7 bytes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(arguments)
     began = time.monotonic()

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 
 OFF_BY_ONE = """
-import sys
+import runpy
 
 import jax
 
-sys.path.insert(0, {examples!r})
-import gpt
-
 fold_in = jax.random.fold_in
 jax.random.fold_in = lambda key, step: fold_in(key, step + 1)
-gpt.main()
+runpy.run_path({gpt!r}, run_name="__main__")
 """
 
 
@@ -23,7 +20,7 @@ gpt.main()
 def test_two_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
     import kills  # which needs what the oldest versions are tested without
 
-    hits, continued_from = kills.train_and_kill(tmp_path, 2, "7-bytes", seed=0)
+    hits, continued_from = kills.train_and_kill(tmp_path, 2, "7 bytes", seed=0)
     assert sum(hits.values()) == 2
     assert continued_from
     arrays, desired = (kills.final(tmp_path / name) for name in ("killed", "whole"))
@@ -33,9 +30,9 @@ def test_two_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
     # The last 50 steps once more, on the batches of the steps after them.
     folder, script = tmp_path / "off_by_one", tmp_path / "off_by_one.py"
     shutil.copytree(tmp_path / "whole" / "checkpoints", folder / "checkpoints")
-    shutil.rmtree(folder / "checkpoints" / "300")
-    script.write_text(OFF_BY_ONE.format(examples=str(kills.GPT.parent)))
-    training = kills.Training(folder, 300, "7-bytes", script)
+    shutil.rmtree(folder / "checkpoints" / "7-bytes" / "300")
+    script.write_text(OFF_BY_ONE.format(gpt=str(kills.GPT)))
+    training = kills.Training(folder, 300, "7 bytes", script)
     training.finish()
     assert training.continued_from() == 250
     arrays = kills.final(folder)

@@ -242,25 +242,6 @@ def test_flashoptim_equals_its_package():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
-def test_the_picture_counts_bytes_of_arrays(tmp_path):
-    import picture  # with what the examples need
-    from quality import SETTINGS, gpt
-
-    totals, outcomes = [], {}
-    for name in picture.LOOKS:
-        setting = SETTINGS[name]
-        parts = picture.bytes_by_part(gpt.parse_arguments(setting.flags.split()), setting)
-        totals.append(sum(parts.values()))
-        outcomes[name] = picture.Outcome(np.linspace(5, 2, 100), 2.0, parts)
-    # Float32; moments of 2 bytes, but for their rows' scales and leaves too small for codes; so
-    # with weights, gradients and remainder of 5; all in bfloat16.
-    assert totals == [16, pytest.approx(10, abs=0.1), pytest.approx(7, abs=0.1), 8]
-    picture.draw(outcomes, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
-@pytest.mark.slow
 def test_quality_at_size_trains_in_all_settings():
     ((header, _, *rows),) = printed("quality.py", "--size")
     assert header[:2] == ["setting", "bytes per parameter"]
@@ -288,7 +269,7 @@ def test_the_published_quality_at_size_is_that_of_its_file(tmp_path):
     runs = at_size.load(PUBLISHED)
     seeds = sorted({run.seed for run in runs})
     # All are there, so that nothing is trained and no checkpoint made.
-    assert {(run.setting, run.seed) for run in runs} == {*itertools.product(at_size.AT_SIZE, seeds)}
+    assert {(run.setting, run.seed) for run in runs} == {*itertools.product(at_size.DEFAULT, seeds)}
     runs = at_size.complete(PUBLISHED, seeds, at_size.FLAGS, tmp_path / "checkpoints")
     assert not (tmp_path / "checkpoints").exists()
     assert all(run.parameters >= 10e6 and run.steps >= 2000 for run in runs)

@@ -1,9 +1,9 @@
-"""Checkpoints from which a training goes on to the same bits, at whatever moment it was killed.
+"""Checkpoints from which a killed training run continues and ends with the same bits.
 
-Orbax writes a checkpoint beside the others and gives it its name, the number of steps, when all of
-it is on disk: a process that dies meanwhile leaves the ones before. But arrays have no checksum
-there, and are cast without a word to the dtypes that they are asked for in. So a digest of all bits
-is kept with each checkpoint, and so are the settings of the run that it belongs to.
+Orbax writes a checkpoint under another name and renames it when all of it is on disk: a process
+that dies before that leaves the earlier ones. But Orbax keeps no checksum of arrays, and casts them
+without warning to the dtypes that are asked for. So each checkpoint also has a digest of all bits,
+and the settings of its run.
 """
 
 import copy
@@ -17,18 +17,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-KEPT = 3  # should the last one be damaged, there are those before
+KEPT = 3  # if the last one is damaged, there are two earlier ones
 
 
 class CheckpointError(Exception):
-    """Says which checkpoint a run cannot continue from, why, and what to do about it."""
+    """Names a checkpoint that a run cannot continue from, the reason and the remedy."""
 
 
 class Checkpoints:
-    """The last checkpoints of one run, written in the background; none without a directory.
+    """Writes the checkpoints of one run in the background; none without a directory.
 
-    Of each there is the `training`, a tree of arrays; and in JSON its `progress`, whatever else
-    there is to go on with, and the `settings`, which have to be the same when it is continued.
+    Each has the `training`, a tree of arrays, and in JSON its `progress`, whatever else the run
+    needs to continue, and the `settings`, which a run must share to continue from it.
     """
 
     def __init__(self, directory: Path | None, settings: dict[str, Any]):
@@ -42,10 +42,10 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         if self.manager:
-            self.manager.close()  # waits for what is being written
+            self.manager.close()  # waits until all is written
 
     def save(self, step: int, training: Any, progress: dict[str, Any]) -> None:
-        """Both have been copied when this returns, and may change while they are written."""
+        """Copies both before it returns: they may change while the copies are written."""
         if self.manager:
             record = {
                 "settings": self.settings,
@@ -58,10 +58,10 @@ class Checkpoints:
             self.manager.save(step, args=arguments)
 
     def latest(self, training: Any, progress: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The latest training, in arrays like these, and its progress; these, if there is none.
+        """Returns the latest checkpoint in arrays like these, or these if there is none.
 
         Raises:
-            CheckpointError: if it is damaged, or not one of a run with these settings.
+            CheckpointError: if it is damaged, or belongs to a run with other settings.
         """
         steps = sorted(self.manager.all_steps()) if self.manager else []
         if not self.manager or not steps:
@@ -76,24 +76,24 @@ class Checkpoints:
                 items = ocp.args.Composite(training=ocp.args.StandardRestore(training))
                 training = self.manager.restore(step, args=items)["training"]
                 if digest(training, record["progress"]) != record["digest"]:
-                    raise ValueError("its numbers are not those that were saved")
-        # Orbax and what it reads with have no type of error that they share.
+                    raise ValueError("its numbers differ from those that were saved")
+        # The errors of Orbax and of the libraries below it have no type in common.
         except Exception as error:
             raise CheckpointError(
-                f"the checkpoint {path} is damaged, or not one of this program: {reason(error)}. "
+                f"the checkpoint {path} is damaged, or of another program: {reason(error)}. "
                 "Delete that directory, and the run "
                 + (f"continues from step {before[-1]}." if before else "begins anew.")
             ) from error
         if others:
             raise CheckpointError(
-                f"the checkpoint {path} is of another run, with {', '.join(others)}. Continue it "
-                "with its own settings, or give this run a directory of its own."
+                f"the checkpoint {path} belongs to another run, with {', '.join(others)}. Continue "
+                "it with its own settings, or give this run another directory."
             )
         return training, record["progress"]
 
 
 def digest(training: Any, progress: dict[str, Any]) -> str:
-    """Of all arrays with their shapes and dtypes, and of the progress as JSON has it."""
+    """Hashes all arrays, their shapes and dtypes, and the progress as JSON."""
     hashed = hashlib.sha256(json.dumps(progress).encode())
     for leaf in map(np.asarray, jax.tree.leaves(training)):
         hashed.update(f"{leaf.dtype}{leaf.shape}".encode())
@@ -102,13 +102,13 @@ def digest(training: Any, progress: dict[str, Any]) -> str:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The settings that are not the same, each with both values."""
+    """Lists the settings that differ, each with both values."""
     names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-    return [f"{name} {theirs.get(name)} and not {ours.get(name)}" for name in names]
+    return [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in names]
 
 
 def reason(error: BaseException) -> str:
-    """What first went wrong, in a few lines at most."""
+    """Returns the first error of a chain, in a few lines at most."""
     while error.__cause__:
         error = error.__cause__
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ...')}"
