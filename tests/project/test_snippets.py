@@ -95,7 +95,6 @@ NOT_RUN = {
     "pip install .": "tests/project/test_packaging.py installs the wheel",
     "pip install adam-jax": "is not published yet",
     "uv run examples/gpt": "takes minutes: tests/project/test_examples.py",
-    "uv run examples/flax_nnx.py": "takes minutes: tests/project/test_examples.py",
     "uv run notebooks/store.py notebooks/NAME.ipynb": "changes a notebook",
     "uv run pytest --full": "takes hours: `uv run pytest`",
     "uv run pytest -m fast": "part of `uv run pytest`",
