@@ -1,8 +1,9 @@
-"""What mkdocs does not do by itself: pages of notebooks and test reports, equations as MathML.
+"""Adds to mkdocs what this site needs: pages from notebooks and reports, MathML, large figures.
 
 `mkdocs.yml` names this file under `hooks`; mkdocs calls its functions while it builds.
 """
 
+import ast
 import base64
 import html
 import json
@@ -23,6 +24,22 @@ NOTEBOOKS = Path("notebooks")
 TO_NOTEBOOK = re.compile(r"\]\(\.\./notebooks/(\w+)\.ipynb\)")
 TO_PAGE = re.compile(r"\]\(\.\./docs/(\w+\.md[^)]*)\)")
 ANOTHER_NOTEBOOK = re.compile(r"\]\((\w+)\.ipynb\)")
+# CONTRIBUTING.md lies above docs/.
+INTO_DOCS = re.compile(r"\]\(docs/(\w+\.md[^)]*)\)")
+INSTALL = re.compile(r"^\s*[%!]\s*pip install", re.MULTILINE)
+TITLES = ("suptitle", "set_title", "title")  # of matplotlib, the most general first
+# How much a page counts in the search. The page of tests has every name, and would be found first.
+RECIPES, REFERENCE = 2, 0.5
+BOOSTS = {
+    "recipes.md": RECIPES,
+    "faq.md": RECIPES,
+    "api.md": REFERENCE,
+    "design.md": REFERENCE,
+    "contributing.md": REFERENCE,
+}
+NOT_SEARCHED = ("tests.md",)
+IMAGE = re.compile(r"<img\b[^>]*>")
+SOURCE = re.compile(r'<details class="mkdocstrings-source">')
 EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
@@ -30,7 +47,7 @@ MATHML = LatexToMathML()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds a page for each notebook, with the notebook to download, and one for the tests."""
+    """Adds a page for each notebook with its download, one for the tests, and CONTRIBUTING.md."""
     root = Path(config.config_file_path).parent
     for path in sorted((root / NOTEBOOKS).glob("*.ipynb")):
         page, figures = notebook(json.loads(path.read_text()), path.stem)
@@ -39,6 +56,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         for name, png in figures.items():
             files.append(File.generated(config, f"{NOTEBOOKS}/{name}", content=png))
     files.append(File.generated(config, "tests.md", content=tests_page(root / "out")))
+    contributing = INTO_DOCS.sub(r"](\1)", (root / "CONTRIBUTING.md").read_text())
+    files.append(File.generated(config, "contributing.md", content=contributing))
 
 
 def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
@@ -52,17 +71,46 @@ def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]
             if len(parts) == 1:
                 parts.append(f"[Download this notebook]({stem}.ipynb)")
             continue
-        parts.append(fenced(source, "python"))
+        outputs: list[str] = []
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{stem}/{len(figures) + 1}.png"
                 figures[name] = base64.b64decode("".join(data["image/png"]))
-                parts.append(f"![Figure {len(figures)}, made by the code above]({name})")
+                outputs.append(f"![{title(source) or f'Figure {len(figures)}'}]({name})")
             else:
                 text = "".join(output.get("text", data.get("text/plain", "")))
-                parts.append(fenced(text.rstrip("\n"), "{ .text .output }"))
+                outputs.append(fenced(text.rstrip("\n"), "{ .text .output }"))
+        code = fenced(source, "python")
+        installs = INSTALL.search(source)
+        if installs or cell["metadata"].get("jupyter", {}).get("source_hidden"):
+            drawn = any(output.startswith("![") for output in outputs)
+            label = "Installation" if installs else "Code of this figure" if drawn else "Code"
+            parts += [*outputs, folded(label, code)]
+        else:
+            parts += [code, *outputs]
     return "\n\n".join(parts) + "\n", figures
+
+
+def title(source: str) -> str:
+    """The title that a cell gives its figure, if it is written out there; else its first axes'."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except SyntaxError:  # of IPython's own commands
+        return ""
+    for name in TITLES:
+        for call in calls:
+            match call:
+                case ast.Call(
+                    func=ast.Attribute(attr=called), args=[ast.Constant(value=str(text)), *_]
+                ) if called == name:
+                    return re.sub(r"[\[\]\n$]", " ", text)
+    return ""
+
+
+def folded(label: str, block: str) -> str:
+    """A block that a reader opens."""
+    return f'??? code "{label}"\n\n' + re.sub(r"^(?=.)", "    ", block, flags=re.MULTILINE)
 
 
 def fenced(text: str, kind: str) -> str:
@@ -72,12 +120,16 @@ def fenced(text: str, kind: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points links to notebooks at their pages."""
+    """Points links to notebooks at their pages, and ranks the page in the search."""
+    name = page.file.src_uri
+    boost = REFERENCE if name.startswith(f"{NOTEBOOKS}/") else BOOSTS.get(name, 1)
+    page.meta["search"] = {"boost": boost, "exclude": name in NOT_SEARCHED}
     return TO_NOTEBOOK.sub(r"](notebooks/\1.md)", markdown)
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns equations from TeX into MathML, which browsers show by themselves."""
+    """Turns equations into MathML and figures into links to themselves; keeps code unsearched."""
+    name = page.file.src_uri
 
     def converted(match: re.Match[str]) -> str:
         tex = html.unescape(match["tex"]).strip()
@@ -85,7 +137,15 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         try:
             mathml = MATHML.convert_with_local_state(tex, displaystyle=display)
         except LatexError as error:
-            raise PluginError(f"{page.file.src_uri}: {tex}\n{error}") from error
+            raise PluginError(f"{name}: {tex}\n{error}") from error
         return f'<div class="equation">{mathml}</div>' if display else mathml
 
-    return EQUATION.sub(converted, content)
+    def linked(match: re.Match[str]) -> str:
+        attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[0]))
+        if not attributes.get("alt"):
+            raise PluginError(f"{name}: no alternative text for {attributes.get('src')}")
+        return f'<a class="figure" href="{attributes["src"]}" title="Enlarge">{match[0]}</a>'
+
+    content = EQUATION.sub(converted, content)
+    content = IMAGE.sub(linked, content)
+    return SOURCE.sub('<details class="mkdocstrings-source" data-search-exclude>', content)
