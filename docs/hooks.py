@@ -32,7 +32,6 @@ TITLES = ("suptitle", "set_title", "title")  # of matplotlib, the most general f
 RECIPES, REFERENCE = 2, 0.5
 BOOSTS = {
     "recipes.md": RECIPES,
-    "faq.md": RECIPES,
     "api.md": REFERENCE,
     "design.md": REFERENCE,
     "contributing.md": REFERENCE,
