@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from math_core import LatexError, LatexToMathML
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -28,15 +29,18 @@ ANOTHER_NOTEBOOK = re.compile(r"\]\((\w+)\.ipynb\)")
 INTO_DOCS = re.compile(r"\]\(docs/(\w+\.md[^)]*)\)")
 INSTALL = re.compile(r"^\s*[%!]\s*pip install", re.MULTILINE)
 TITLES = ("suptitle", "set_title", "title")  # of matplotlib, the most general first
-# How much a page counts in the search. The page of tests has every name, and would be found first.
+# How much a page counts in the search. Recipes come first; the page of tests names everything.
 RECIPES, REFERENCE = 2, 0.5
 BOOSTS = {
     "recipes.md": RECIPES,
-    "api.md": REFERENCE,
     "design.md": REFERENCE,
     "contributing.md": REFERENCE,
 }
 NOT_SEARCHED = ("tests.md",)
+SUMMARY = "<!-- summary -->"
+# A group of public names on the page of the API, and a name.
+ENTRY = re.compile(r"^(?:## (?P<group>.+)|::: (?P<name>adam_jax\.\w+))$", re.MULTILINE)
+TYPE = re.compile(r'<code id="(adam_jax\.[\w.]+)">')  # that signatures link to
 IMAGE = re.compile(r"<img\b[^>]*>")
 SOURCE = re.compile(r'<details class="mkdocstrings-source">')
 EQUATION = re.compile(
@@ -119,15 +123,39 @@ def fenced(text: str, kind: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points links to notebooks at their pages, and ranks the page in the search."""
+    """Points links to notebooks at their pages, ranks the page in the search, lists the API."""
     name = page.file.src_uri
     boost = REFERENCE if name.startswith(f"{NOTEBOOKS}/") else BOOSTS.get(name, 1)
     page.meta["search"] = {"boost": boost, "exclude": name in NOT_SEARCHED}
+    if SUMMARY in markdown:
+        root = Path(config.config_file_path).parent
+        markdown = markdown.replace(SUMMARY, summary(markdown, root))
     return TO_NOTEBOOK.sub(r"](notebooks/\1.md)", markdown)
 
 
+def summary(markdown: str, root: Path) -> str:
+    """A table of the names that a page documents, by group, with the first line of each."""
+    package = griffe.load("adam_jax", search_paths=[root], allow_inspection=False)
+    rows, group = ["| Name | What it does |", "|---|---|"], None
+    for entry in ENTRY.finditer(markdown):
+        if entry["group"]:
+            group = entry["group"]
+            continue
+        if group:
+            anchor = re.sub(r"[^\w]+", "-", group.lower())
+            rows.append(f"| **[{group}](#{anchor})** | |")
+            group = None
+        name = entry["name"].removeprefix("adam_jax.")
+        docstring = package[name].docstring
+        if not docstring:
+            raise PluginError(f"{entry['name']} has no docstring")
+        line = docstring.value.partition("\n")[0]
+        rows.append(f"| [`{name}`](#{entry['name']}) | {line} |")
+    return "\n".join(rows)
+
+
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns equations into MathML and figures into links to themselves; keeps code unsearched."""
+    """Turns equations into MathML and figures into links, names types, keeps code unsearched."""
     name = page.file.src_uri
 
     def converted(match: re.Match[str]) -> str:
@@ -145,6 +173,9 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
             raise PluginError(f"{name}: no alternative text for {attributes.get('src')}")
         return f'<a class="figure" href="{attributes["src"]}" title="Enlarge">{match[0]}</a>'
 
+    references: Any = config.plugins["autorefs"]
+    for anchor in TYPE.findall(content):
+        references.register_anchor(page, anchor)
     content = EQUATION.sub(converted, content)
     content = IMAGE.sub(linked, content)
     return SOURCE.sub('<details class="mkdocstrings-source" data-search-exclude>', content)
