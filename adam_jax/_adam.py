@@ -15,7 +15,7 @@ from adam_jax._types import Leaf, Mask, Rate, RealLeaf, Scalar, StorageFormats
 
 
 class _Scalars(NamedTuple):
-    """What all leaves have in common at a step.
+    """The numbers that all leaves share at a step.
 
     The end of section 2 of the paper moves both bias corrections out of the leaf:
     m^ / (sqrt(v^) + eps) is m scale / (sqrt(v) + eps root) with root = sqrt(1 - b2^t).
@@ -123,35 +123,45 @@ def scale_by_adam(
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam's direction m^ / (sqrt(v^) + eps), with neither sign nor learning rate.
+    r"""Returns Adam's direction $\hat m / (\sqrt{\hat v} + \epsilon)$, without learning rate.
 
-    A drop-in for `optax.scale_by_adam`, to put into a chain of your own. `adam` gives the
-    equations, the arguments and the errors. Its state is `optax.ScaleByAdamState`:
+    A drop-in for `optax.scale_by_adam`, for a chain of your own. The direction has the gradient's
+    sign: scale it by a negative number to descend. `adam` gives the equations and describes the
+    storage formats. The state is an `optax.ScaleByAdamState`:
 
-    - `count`: int32, shape (), the step count t;
-    - `mu`: the first moment m, shaped like the parameters, float32 (complex64 for a complex
+    - `count`: int32, shape (), the step count $t$;
+    - `mu`: the first moment $m$, shaped like the parameters, float32 (complex64 for a complex
       parameter, float64 or complex128 for one of those dtypes);
-    - `nu`: the second raw moment v, shaped alike, real.
+    - `nu`: the second raw moment $v$, with the same shapes, real.
 
-    With `mu_dtype` or `nu_dtype` they are bfloat16, or int8 codes, in which case `nu` is an
-    `Int8Moment` of two trees. Each step is taken from the moments as they are stored.
+    With `mu_dtype` or `nu_dtype`, these are bfloat16 or int8 codes; with int8, `nu` is an
+    `Int8Moment`. Each step uses the moments as they are stored.
 
     Args:
-        b1: as in `adam`.
-        b2: as in `adam`.
-        eps: as in `adam`.
-        eps_root: as in `adam`.
-        mu_dtype: as in `adam`.
-        nu_dtype: as in `adam`.
-        nesterov: as in `adam`.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"` or `"int8"`. None is float32.
+        nu_dtype: storage format of nu: the same choices.
+        nesterov: look one step of $m$ ahead, as `nadam` does.
 
     Returns:
-        An optax gradient transformation. Its updates are shaped like the gradients, in their
-        dtype.
+        An optax gradient transformation. Its updates have the shapes and dtypes of the gradients.
 
     Raises:
-        ValueError: as `adam`.
-        TypeError: as `adam`.
+        ValueError: at construction, for a hyperparameter out of range or an unknown storage format;
+            in `update`, for gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = optax.chain(adam_jax.scale_by_adam(), optax.scale(-0.1))
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> updates
+        Array([-0.1,  0.1], dtype=float32)
     """
     return scale_by(_variant(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov))
 
@@ -167,50 +177,58 @@ def adam(
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam, Algorithm 1 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
+    r"""Builds Adam, Algorithm 1 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
 
-    With gradient g, step count t (from 1) and learning rate alpha, each coordinate follows
+    With gradient $g$, step count $t$ (from 1), learning rate $\alpha$ and $\epsilon_r$ =
+    `eps_root`, each coordinate follows
 
-        m <- b1 m + (1 - b1) g                 m^ = m / (1 - b1^t)
-        v <- b2 v + (1 - b2) |g|^2             v^ = v / (1 - b2^t)
-        update = -alpha m^ / (sqrt(v^ + eps_root) + eps)
+    $$
+    \begin{aligned}
+    m &\leftarrow \beta_1 m + (1 - \beta_1)\, g & \hat m &= m / (1 - \beta_1^t) \\
+    v &\leftarrow \beta_2 v + (1 - \beta_2)\, |g|^2 & \hat v &= v / (1 - \beta_2^t)
+    \end{aligned}
+    $$
 
-    in float32 (float64 for float64 leaves), whatever the dtype of parameters and gradients.
-    The update has the gradient's dtype and is rounded to it once. A coordinate whose gradients
-    have all been 0 does not move, with eps = eps_root = 0 either.
+    $$\text{update} = -\alpha\, \hat m / (\sqrt{\hat v + \epsilon_r} + \epsilon)$$
+
+    in float32 (float64 for float64 leaves), whatever the dtype of parameters and gradients. The
+    update has the gradient's dtype and is rounded to it once. A coordinate whose gradients have all
+    been 0 does not move, even with eps = eps_root = 0.
+
+    **Storage formats.** The state keeps $m$ as `mu` and $v$ as `nu`. `"bfloat16"` takes 2 bytes per
+    parameter and `"int8"` takes 1. Both use unbiased stochastic rounding, and the arithmetic stays
+    in float32. In int8, nu has one float32 scale for each row (the last axis), so a NaN gradient
+    poisons its row; a leaf of fewer than 4096 elements, or with a last axis shorter than 32, stays
+    in float32. Derivatives do not go through rounded moments.
 
     Args:
-        learning_rate: alpha, in units of the parameters. A number, a 0-d array or tracer, a
-            schedule (a function of the step count, from 0), or a tree of these that is a prefix
-            of the parameter tree, made of the same containers: one rate for each subtree.
-        b1: decay rate of the first moment, in [0, 1).
-        b2: decay rate of the second raw moment, in [0, 1).
-        eps: added to the denominator, in units of the gradient.
-        eps_root: added inside the square root, in units of the gradient squared.
-        mu_dtype: how m is stored between steps: "float32", "bfloat16" or "int8", or the dtype of
-            that name. None is float32, and float64 for float64 and complex128 parameters.
-            bfloat16 and int8 are rounded at random, right on average. They take 2 bytes and 1
-            per parameter; in int8, a leaf of fewer than 4096 elements, or with a last axis
-            shorter than 32, stays in float32. Not for complex parameters. Arithmetic is float32
-            all the same, and derivatives do not go through what is rounded.
-        nu_dtype: how v is stored, likewise. In int8 there is a float32 scale for each row (the
-            last axis), so that a NaN gradient poisons its row.
-        nesterov: replace m^ by b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t), after
-            [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
+        learning_rate: $\alpha$, in units of the parameters: a number, a 0-d array or tracer, a
+            schedule (a function of the step count, from 0), or a tree of these, made of the
+            parameters' containers, that is a prefix of the parameter tree: a rate per subtree.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"` or `"int8"`, the dtype of that
+            name, or a tree of these that is a prefix of the parameter tree. None is float32, or
+            float64 for float64 and complex128 parameters. A complex parameter's mu cannot be in
+            bfloat16 or int8.
+        nu_dtype: storage format of nu: the same choices, for complex parameters too.
+        nesterov: look one step of $m$ ahead, as `nadam` does.
 
     Returns:
-        An optax gradient transformation. Its state equals that of `optax.adam`, leaf for leaf:
+        An optax gradient transformation. Its state equals that of `optax.adam`, leaf for leaf;
         `scale_by_adam` describes it. A leaf whose gradient is `None` gets the update `None` and
-        keeps its moments; `optax.apply_updates` takes that only where the parameter is `None`
-        too. A finite gradient counts as at most 2^63 in magnitude, so that its square is finite;
-        an infinite or NaN one poisons the moments, unless `optax.apply_if_finite` keeps it out.
+        keeps its moments; `optax.apply_updates` accepts that only where the parameter is `None`
+        too. A finite gradient counts as at most 2^63 in magnitude, so its square stays finite. An
+        infinite or NaN gradient poisons the moments, unless `optax.apply_if_finite` keeps it out.
 
     Raises:
-        ValueError: when called, for a concrete hyperparameter outside its range or an unknown
+        ValueError: at construction, for a concrete hyperparameter out of range or an unknown
             storage format; in `update`, for gradients that do not fit the state, or a state in
             another storage format (see `convert_state`).
-        TypeError: for a parameter or gradient of integer dtype, naming its path, and for a
-            complex parameter whose m would be in bfloat16 or int8.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
 
     Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
@@ -238,32 +256,48 @@ def adamw(
     nu_dtype: StorageFormats = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with decoupled weight decay, [Loshchilov and Hutter](https://arxiv.org/abs/1711.05101).
+    r"""Builds AdamW: Adam with decoupled weight decay.
 
-        update = -alpha (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay theta)
+    From [Loshchilov and Hutter (2019)](https://arxiv.org/abs/1711.05101). With decay $\lambda$ =
+    `weight_decay`, parameter $\theta$, and $\hat m$ and $\hat v$ of `adam`,
 
-    Everything else is as in `adam`. `update` needs the parameters theta.
+    $$\text{update} = -\alpha \left( \frac{\hat m}{\sqrt{\hat v + \epsilon_r} + \epsilon}
+    + \lambda\, \theta \right)$$
+
+    `update` needs the parameters. `adam` describes dtypes and storage formats.
 
     Args:
-        learning_rate: alpha, as in `adam`.
-        b1: as in `adam`.
-        b2: as in `adam`.
-        eps: as in `adam`.
-        eps_root: as in `adam`.
-        mu_dtype: as in `adam`.
-        weight_decay: a number, a schedule or a tree of these, like `learning_rate`, by which it
-            is multiplied as in optax and torch. optax's default 1e-4; torch's is 1e-2.
+        learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the
+            step count, from 0), or a tree of these that is a prefix of the parameter tree.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"`, `"int8"`, or a tree of these.
+            None is float32.
+        weight_decay: $\lambda$, which the learning rate multiplies, as in optax and torch: a
+            number, a schedule or a tree of these. The default is optax's; torch's is 1e-2.
         mask: which leaves decay: a tree of bools that is a prefix of the parameter tree, or a
             function from the parameters to one. None: all of them.
-        nu_dtype: as in `adam`.
-        nesterov: as in `adam`.
+        nu_dtype: storage format of nu: the same choices as for mu.
+        nesterov: look one step of $m$ ahead, as `nadamw` does.
 
     Returns:
         An optax gradient transformation. Its state equals that of `optax.adamw`, leaf for leaf.
 
     Raises:
-        ValueError: as `adam`; and in `update` when called without parameters.
-        TypeError: as `adam`.
+        ValueError: at construction, for a hyperparameter out of range or an unknown storage format;
+            in `update`, without parameters, or for gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.adamw(0.1, weight_decay=0.01, mask={"w": True, "b": False})
+        >>> params = {"w": jnp.array([1.0]), "b": jnp.array([1.0])}
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> optax.apply_updates(params, updates)
+        {'b': Array([0.9], dtype=float32), 'w': Array([0.899], dtype=float32)}
     """
     return descend(
         _variant(b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov),
@@ -282,15 +316,44 @@ def nadam(
     mu_dtype: StorageFormats = None,
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """NAdam, [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
+    r"""Builds NAdam, [Dozat (2016)](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ).
 
-    `adam` with `nesterov=True`: where Adam steps along m^, this looks one step of m ahead,
+    This is `adam` with `nesterov=True`. Where Adam steps along $\hat m$, NAdam looks one step of
+    $m$ ahead:
 
-        update = -alpha m^ / (sqrt(v^ + eps_root) + eps)
-        m^ = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)
+    $$\hat m = \frac{\beta_1 m}{1 - \beta_1^{t+1}} + \frac{(1 - \beta_1)\, g}{1 - \beta_1^t},
+    \qquad \text{update} = -\alpha\, \hat m / (\sqrt{\hat v + \epsilon_r} + \epsilon)$$
 
-    Arguments, state, dtypes and errors are those of `adam`. Dozat's report also warms b1 up over
-    the first few hundred steps (torch's `momentum_decay`); like optax's, this one does not.
+    Dozat's report also warms b1 up over the first few hundred steps (torch's `momentum_decay`).
+    Neither optax nor this function does. `adam` describes dtypes and storage formats.
+
+    Args:
+        learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the
+            step count, from 0), or a tree of these that is a prefix of the parameter tree.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"`, `"int8"`, or a tree of these.
+            None is float32.
+        nu_dtype: storage format of nu: the same choices.
+
+    Returns:
+        An optax gradient transformation. Its state equals that of `optax.nadam`, leaf for leaf.
+
+    Raises:
+        ValueError: at construction, for a hyperparameter out of range or an unknown storage format;
+            in `update`, for gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> optimizer = adam_jax.nadam(0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> [f"{x:.4f}" for x in updates]
+        ['-0.1474', '0.1474']
     """
     return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nu_dtype, nesterov=True)
 
@@ -307,11 +370,46 @@ def nadamw(
     *,
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """NAdam with decoupled weight decay: `adamw` with `nesterov=True`.
+    r"""Builds NAdam with decoupled weight decay: `adamw` with `nesterov=True`.
 
-        update = -alpha (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay theta)
+    With the $\hat m$ of `nadam`,
 
-    with the m^ of `nadam`. Arguments, state, dtypes and errors are those of `adamw`.
+    $$\text{update} = -\alpha \left( \frac{\hat m}{\sqrt{\hat v + \epsilon_r} + \epsilon}
+    + \lambda\, \theta \right)$$
+
+    `update` needs the parameters. `adam` describes dtypes and storage formats.
+
+    Args:
+        learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the
+            step count, from 0), or a tree of these that is a prefix of the parameter tree.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"`, `"int8"`, or a tree of these.
+            None is float32.
+        weight_decay: $\lambda$, which the learning rate multiplies: a number, a schedule or a tree
+            of these.
+        mask: which leaves decay: a tree of bools that is a prefix of the parameter tree, or a
+            function from the parameters to one. None: all of them.
+        nu_dtype: storage format of nu: the same choices as for mu.
+
+    Returns:
+        An optax gradient transformation. Its state equals that of `optax.nadamw`, leaf for leaf.
+
+    Raises:
+        ValueError: at construction, for a hyperparameter out of range or an unknown storage format;
+            in `update`, without parameters, or for gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> optimizer = adam_jax.nadamw(0.1, weight_decay=0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params), params)
+        >>> [f"{x:.4f}" for x in updates]
+        ['-0.1574', '0.1674']
     """
     return adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask,

@@ -18,7 +18,7 @@ _NO_MU_UNIT = "mu in int8 counts in square roots of a second raw moment, which A
 
 
 class _Scalars(NamedTuple):
-    """What all leaves have in common at a step."""
+    """The numbers that all leaves share at a step."""
 
     b1: Blend
     one_minus_b2: Scalar
@@ -38,9 +38,10 @@ def _advance(g: Leaf, moments: Moments, s: _Scalars) -> Moments:
 
 def _direction(g: Leaf, moments: Moments, s: _Scalars) -> Leaf:
     m, u = moments
-    # With eps = 0, u is 0 until a gradient is not: no step then, and no NaN in the derivative. The
-    # division comes last. A choice after it would keep compilers from fusing the product with the
-    # learning rate and the sum that follows, in some programs and not in others.
+    # With eps = 0, u stays 0 until the first nonzero gradient. Until then there is no step, and the
+    # derivative has no NaN. The division comes last: a choice after it would keep compilers from
+    # fusing the product with the learning rate and the sum that follows, in some programs and not
+    # in others.
     still = u == 0
     return jnp.where(still, 0, m * s.unbias_m) / jnp.where(still, 1, u)
 
@@ -93,11 +94,35 @@ def scale_by_adamax(
     mu_dtype: StorageFormats = None,
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaMax's direction m^ / u, with neither sign nor learning rate.
+    r"""Returns AdaMax's direction $\hat m / u$, without learning rate.
 
-    `adamax` gives the equations, the arguments and the errors. The state is
-    `optax.ScaleByAdamState`, as in `scale_by_adam`, with u for `nu`: `mu` and `nu` are shaped
-    like the parameters, float32, or bfloat16 where that is asked for.
+    For a chain of your own; `adamax` gives the equations. The state is an `optax.ScaleByAdamState`,
+    as for `scale_by_adam`: `count` (int32, shape ()), `mu` with $m$, and `nu` with $u$. Both are
+    shaped like the parameters, float32 or bfloat16.
+
+    Args:
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the infinity norm, in [0, 1).
+        eps: $\epsilon$, added to $|g|$, in units of the gradient.
+        mu_dtype: storage format of mu: `"float32"` or `"bfloat16"`. None is float32.
+        nu_dtype: storage format of nu: the same choices.
+
+    Returns:
+        An optax gradient transformation. Its updates have the shapes and dtypes of the gradients.
+
+    Raises:
+        ValueError: at construction, for a hyperparameter out of range, `"int8"` or an unknown
+            storage format; in `update`, for gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = optax.chain(adam_jax.scale_by_adamax(), optax.scale(-0.1))
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> [f"{x:.3f}" for x in updates]
+        ['-0.100', '0.100']
     """
     return scale_by(_variant(b1, b2, eps, mu_dtype, nu_dtype))
 
@@ -111,37 +136,51 @@ def adamax(
     mu_dtype: StorageFormats = None,
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaMax, Algorithm 2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
+    r"""Builds AdaMax, Algorithm 2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980).
 
-    The first moment is Adam's; an exponentially weighted infinity norm takes the place of the
+    The first moment is Adam's. An exponentially weighted infinity norm $u$ takes the place of the
     second:
 
-        m <- b1 m + (1 - b1) g
-        u <- max(b2 u, |g| + eps)
-        update = -(alpha / (1 - b1^t)) m / u
+    $$m \leftarrow \beta_1 m + (1 - \beta_1)\, g$$
 
-    No step is longer than alpha b2 (1 - b1) / (b2 - b1), if b1 < b2: 1.009 alpha with the
-    defaults, where the paper says alpha. u needs no bias correction. The eps inside the maximum
-    is optax's and torch's addition to the paper; with eps = 0, a coordinate whose gradients have
-    all been zero has u = 0 and does not move.
+    $$u \leftarrow \max(\beta_2 u, |g| + \epsilon)$$
+
+    $$\text{update} = -\frac{\alpha}{1 - \beta_1^t} \cdot \frac{m}{u}$$
+
+    If b1 < b2, no step is longer than $\alpha\, \beta_2 (1 - \beta_1) / (\beta_2 - \beta_1)$:
+    1.009 $\alpha$ with the defaults, where the paper says $\alpha$. $u$ needs no bias correction.
+    optax and torch added the eps inside the maximum to the paper's algorithm. With eps = 0, a
+    coordinate whose gradients have all been zero has $u = 0$ and does not move.
 
     Args:
-        learning_rate: alpha, as in `adam`; the paper suggests 0.002.
-        b1: decay rate of the first moment, in [0, 1).
-        b2: decay rate of the infinity norm, in [0, 1).
-        eps: added to |g|, in units of the gradient.
-        mu_dtype: how m is stored: None, "float32" or "bfloat16". Not "int8", which counts in
-            square roots of a second raw moment, and there is none.
-        nu_dtype: how u is stored: likewise. Not "int8": u is a maximum, and a maximum of numbers
-            rounded at random would keep the largest rounding error.
+        learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the
+            step count, from 0), or a tree of these that is a prefix of the parameter tree. The
+            paper suggests 0.002.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the infinity norm, in [0, 1).
+        eps: $\epsilon$, added to $|g|$, in units of the gradient.
+        mu_dtype: storage format of mu: `"float32"` or `"bfloat16"`; None is float32. Not `"int8"`:
+            its codes count in square roots of a second raw moment, which AdaMax does not have.
+        nu_dtype: storage format of nu, which holds $u$: the same choices. Not `"int8"`: a maximum
+            of stochastically rounded numbers would keep the largest rounding error.
 
     Returns:
-        An optax gradient transformation. Its state is that of `scale_by_adamax`, and equals that
-        of `optax.adamax`, leaf for leaf.
+        An optax gradient transformation. Its state equals that of `optax.adamax`, leaf for leaf;
+        `scale_by_adamax` describes it.
 
     Raises:
-        ValueError: as `adam`.
-        TypeError: as `adam`.
+        ValueError: at construction, for a hyperparameter out of range, `"int8"` or an unknown
+            storage format; in `update`, for gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.adamax(0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.9, -1.9], dtype=float32)
     """
     return descend(_variant(b1, b2, eps, mu_dtype, nu_dtype), learning_rate)
 
@@ -157,11 +196,43 @@ def adamaxw(
     mu_dtype: StorageFormats = None,
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaMax with decoupled weight decay.
+    r"""Builds AdaMax with decoupled weight decay.
 
-        update = -alpha (m / ((1 - b1^t) u) + weight_decay theta)
+    With decay $\lambda$ = `weight_decay`, parameter $\theta$, and $m$ and $u$ of `adamax`,
 
-    `weight_decay` and `mask` are those of `adamw`, the other arguments, the state, dtypes and
-    errors those of `adamax`. `update` needs the parameters theta.
+    $$\text{update} = -\alpha \left( \frac{m}{(1 - \beta_1^t)\, u} + \lambda\, \theta \right)$$
+
+    `update` needs the parameters.
+
+    Args:
+        learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the
+            step count, from 0), or a tree of these that is a prefix of the parameter tree.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the infinity norm, in [0, 1).
+        eps: $\epsilon$, added to $|g|$, in units of the gradient.
+        weight_decay: $\lambda$, which the learning rate multiplies: a number, a schedule or a tree
+            of these.
+        mask: which leaves decay: a tree of bools that is a prefix of the parameter tree, or a
+            function from the parameters to one. None: all of them.
+        mu_dtype: storage format of mu: `"float32"` or `"bfloat16"`. None is float32.
+        nu_dtype: storage format of nu, which holds $u$: the same choices.
+
+    Returns:
+        An optax gradient transformation. Its state equals that of `optax.adamaxw`, leaf for leaf.
+
+    Raises:
+        ValueError: at construction, for a hyperparameter out of range, `"int8"` or an unknown
+            storage format; in `update`, without parameters, or for gradients or a state that do not
+            fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.adamaxw(0.1, weight_decay=0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params), params)
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.89, -1.88], dtype=float32)
     """
     return descend(_variant(b1, b2, eps, mu_dtype, nu_dtype), learning_rate, weight_decay, mask)

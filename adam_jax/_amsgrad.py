@@ -17,7 +17,7 @@ Maximum = Literal["raw", "corrected"]
 
 
 class _Scalars(NamedTuple):
-    """What all leaves have in common at a step; root = sqrt(1 - b2^t), or 1."""
+    """The numbers that all leaves share at a step; root = sqrt(1 - b2^t), or 1."""
 
     b1: Blend
     b2: Blend
@@ -128,11 +128,40 @@ def scale_by_amsgrad(
     maximum: Maximum = "raw",
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AMSGrad's direction, with neither sign nor learning rate.
+    r"""Returns AMSGrad's direction, without learning rate.
 
-    `amsgrad` gives the equations, the arguments and the errors. The state is
-    `optax.ScaleByAmsgradState`: that of `scale_by_adam` and `nu_max`, which is shaped and stored
-    like `nu` and holds v_max.
+    For a chain of your own; `amsgrad` gives the equations. The state is an
+    `optax.ScaleByAmsgradState`: `count`, `mu` and `nu` of `scale_by_adam`, and `nu_max`, which
+    holds $v_\text{max}$ and is shaped and stored like `nu`.
+
+    Args:
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"` or `"int8"`. None is float32.
+        bias_correction_mu: whether to divide $m$ by $1 - \beta_1^t$.
+        bias_correction_nu: whether to divide $v$ by $1 - \beta_2^t$.
+        maximum: take the maximum of the `"raw"` $v$, or of the bias-`"corrected"` one.
+        nu_dtype: storage format of nu and nu_max: `"float32"` or `"bfloat16"`. None is float32.
+
+    Returns:
+        An optax gradient transformation. Its updates have the shapes and dtypes of the gradients.
+
+    Raises:
+        ValueError: at construction, for a hyperparameter out of range, another `maximum`, or a
+            storage format that does not exist or (nu in int8) does not work here; in `update`, for
+            gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = optax.chain(adam_jax.scale_by_amsgrad(), optax.scale(-0.1))
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> updates
+        Array([-0.1,  0.1], dtype=float32)
     """
     return scale_by(
         _variant(
@@ -162,38 +191,58 @@ def amsgrad(
     maximum: Maximum = "raw",
     nu_dtype: StorageFormats = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AMSGrad, after [Reddi, Kale and Kumar (2018)](https://arxiv.org/abs/1904.09237).
+    r"""Builds AMSGrad, after [Reddi, Kale and Kumar (2018)](https://arxiv.org/abs/1904.09237).
 
-    As `adam`, but the denominator uses the largest v so far. There are two orders in use:
+    This is `adam` with the largest $v$ so far in the denominator. Two orders are in use:
 
-        maximum="raw" (torch)        v_max <- max(v_max, v)        v^ = v_max / (1 - b2^t)
-        maximum="corrected" (optax)  v_max <- max(v_max, v / (1 - b2^t))        v^ = v_max
+    $$
+    \begin{aligned}
+    \text{raw (torch):}\quad v_\text{max} &\leftarrow \max(v_\text{max}, v)
+    & \hat v &= v_\text{max} / (1 - \beta_2^t) \\
+    \text{corrected (optax):}\quad v_\text{max} &\leftarrow \max(v_\text{max}, v / (1 - \beta_2^t))
+    & \hat v &= v_\text{max}
+    \end{aligned}
+    $$
 
-    They differ in the first 1 / (1 - b2) steps: "corrected" remembers the very first gradients
-    at full weight and keeps the denominator at their size, "raw" lets the correction fall. A
-    checkpoint written by `optax.amsgrad` continues with maximum="corrected".
+    They differ in the first 1 / (1 - b2) steps. "corrected" remembers the very first gradients
+    at full weight and keeps the denominator at their size; "raw" lets the correction fall. A
+    checkpoint written by `optax.amsgrad` continues with `maximum="corrected"`.
 
     Args:
-        learning_rate: alpha, as in `adam`.
-        b1: as in `adam`.
-        b2: as in `adam`.
-        eps: as in `adam`.
-        eps_root: as in `adam`.
-        mu_dtype: as in `adam`.
-        bias_correction_mu: False leaves m as it is, as in the AMSGrad paper.
-        bias_correction_nu: False leaves v as it is, as in the AMSGrad paper; `maximum` then
-            makes no difference.
-        maximum: "raw" or "corrected": what the maximum is taken of.
-        nu_dtype: how v and v_max are stored: None, "float32" or "bfloat16". Not "int8": a maximum
-            of numbers rounded at random would keep the largest rounding error for good.
+        learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the
+            step count, from 0), or a tree of these that is a prefix of the parameter tree.
+        b1: decay rate $\beta_1$ of the first moment, in [0, 1).
+        b2: decay rate $\beta_2$ of the second raw moment, in [0, 1).
+        eps: $\epsilon$, added to the denominator, in units of the gradient.
+        eps_root: $\epsilon_r$, added inside the square root, in units of the squared gradient.
+        mu_dtype: storage format of mu: `"float32"`, `"bfloat16"`, `"int8"`, or a tree of these.
+            None is float32.
+        bias_correction_mu: whether to divide $m$ by $1 - \beta_1^t$. False is the AMSGrad paper's.
+        bias_correction_nu: whether to divide $v$ by $1 - \beta_2^t$. False is the AMSGrad paper's;
+            `maximum` then makes no difference.
+        maximum: take the maximum of the `"raw"` $v$, or of the bias-`"corrected"` one.
+        nu_dtype: storage format of nu and nu_max: `"float32"` or `"bfloat16"`; None is float32. Not
+            `"int8"`: a maximum of stochastically rounded numbers would keep the largest rounding
+            error.
 
     Returns:
-        An optax gradient transformation. Its state is that of `scale_by_amsgrad`, and equals that
-        of `optax.amsgrad`, leaf for leaf.
+        An optax gradient transformation. Its state equals that of `optax.amsgrad`, leaf for leaf;
+        `scale_by_amsgrad` describes it.
 
     Raises:
-        ValueError: as `adam`, and for any other `maximum`.
-        TypeError: as `adam`.
+        ValueError: at construction, for a hyperparameter out of range, another `maximum`, or a
+            storage format that does not exist or (nu in int8) does not work here; in `update`, for
+            gradients or a state that do not fit.
+        TypeError: for a parameter or gradient of integer dtype, and for a complex parameter with mu
+            in bfloat16 or int8. The message names the leaf's path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.amsgrad(0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.9, -1.9], dtype=float32)
     """
     return descend(
         _variant(
