@@ -1,4 +1,4 @@
-"""Gradients of several microbatches, added up in one buffer."""
+"""Adds up the gradients of several microbatches in one buffer."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -30,41 +30,43 @@ def accumulated_value_and_grad(
     buffer: str = "float32",
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """Differentiates a loss over microbatches, and adds their gradients up in one buffer.
+    """Differentiates a loss over microbatches, and adds up their gradients in one buffer.
 
     The buffer has the shapes of the parameters. In float32, sums are as exact as gradients of
-    float32 parameters; gradients of bfloat16 parameters added up in bfloat16 would lose what is
-    smaller than half an ulp of the sum. In bfloat16 the buffer takes half of the memory, and each
-    sum is rounded stochastically, which is unbiased.
+    float32 parameters; summing the gradients of bfloat16 parameters in bfloat16 would lose
+    everything below half an ulp of the sum. A bfloat16 buffer takes half of the memory, and each
+    sum is rounded stochastically, without bias.
 
         value_and_grad = adam_jax.accumulated_value_and_grad(loss)
         value, gradients = value_and_grad(params, microbatches)
         updates, state = optimizer.update(gradients, state, params)
 
-    One microbatch's gradients are a second tree, in the dtypes of the parameters, before they are
-    added. Where layers are stacked and go through `jax.lax.scan`, `layers` does without: as with
-    `value_and_update`, the backward pass has one layer's gradients at a time, and adds them to the
-    buffer at once.
+    Before they are added, the gradients of one microbatch are a second tree, in the dtypes of the
+    parameters. `layers` avoids that tree for stacked layers that go through `jax.lax.scan`: as with
+    `value_and_update`, the backward pass holds one layer's gradients at a time, and adds them to
+    the buffer at once.
 
     Args:
-        loss: `loss(params, microbatch)` returns a scalar, or a scalar and a tree with `has_aux`.
-            With `layers` it is called as `loss(params, microbatch, scan=scan)`, and has to fulfil
-            what `value_and_update` asks of it.
-        layers: which parameters are stacked over layers, as for `value_and_update`.
-        buffer: `"float32"`, or `"bfloat16"`. Leaves of more bits, and complex ones, have buffers
-            of their own dtype in either case.
-        has_aux: whether the loss returns a tree beside its value.
+        loss: `loss(params, microbatch)` returns a scalar, or with `has_aux` a scalar and a tree.
+            With `layers` it is called as `loss(params, microbatch, scan=scan)`, under the
+            conditions that `value_and_update` states.
+        layers: which parameters are stacked over layers, along their first axis, and go through
+            `scan`: a tree of bools that is a prefix of the parameter tree, or a function from the
+            parameters to one. False, the default: none.
+        buffer: `"float32"` or `"bfloat16"`. Wider leaves and complex ones always have a buffer of
+            their own dtype.
+        has_aux: whether the loss returns a tree as well as its value.
 
     Returns:
         `value_and_grad(params, microbatches, *, step=None)`, which returns the means of the values
-        and of the gradients over microbatches. Each leaf of `microbatches` has them as its first
-        axis. With `has_aux` it returns `(value, aux), gradients`, with the trees stacked along a
-        new first axis. `step` is the number of the training step, an integer that may be traced;
-        it says which random bits round a bfloat16 buffer, which needs it.
+        and of the gradients over microbatches. The first axis of each leaf of `microbatches` counts
+        them. With `has_aux` it returns `(value, aux), gradients`, with the trees stacked along a
+        new first axis. `step` is the number of the training step, an integer that may be traced. It
+        selects the random bits that round a bfloat16 buffer, which requires it.
 
     Raises:
-        ValueError: for another `buffer`, for microbatches whose first axes differ or are missing;
-            with `layers`, what `value_and_update` raises for the loss.
+        ValueError: for another `buffer`, and for microbatches whose first axes differ or are
+            missing; with `layers`, for a loss that breaks the conditions of `value_and_update`.
         TypeError: for a parameter of integer dtype, for a leaf of `layers` that is no bool, and
             without `step` where the buffer needs it.
 
@@ -119,13 +121,13 @@ def accumulated_value_and_grad(
 
 
 class _Adder(NamedTuple):
-    """Adds a microbatch's part of the mean of a leaf's gradients."""
+    """Adds a microbatch's share to the mean of a leaf's gradients."""
 
     number: int  # of microbatches
     draw: Draw
 
     def __call__(self, total: Leaf, gradient: Leaf, place: jax.Array | None = None) -> Leaf:
-        """Returns the new total. With a place, both are that layer of a stack."""
+        """Returns the new total. With a place, both arguments are that layer of a stack."""
         dtype = arithmetic_dtype(total.dtype)
         with jax.numpy_dtype_promotion("standard"):  # complex leaves meet a real number
             new = total.astype(dtype) + gradient.astype(dtype) / np.float32(self.number)
@@ -190,7 +192,7 @@ def _seed(step: Any, buffer: str) -> jax.Array:
 
 
 def _number_of(microbatches: Any) -> int:
-    """Returns the length of the first axis that all leaves have."""
+    """Returns the length of the first axis, which all leaves must share."""
     shapes = {
         keystr(path): np.shape(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(microbatches)

@@ -1,4 +1,4 @@
-"""Temporal averaging of the parameters: section 7.2 of Kingma and Ba, arXiv:1412.6980."""
+"""Averages the parameters over time: section 7.2 of Kingma and Ba, arXiv:1412.6980."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -27,14 +27,14 @@ from adam_jax._types import Leaf, RealLeaf, Scalar, is_none
 
 
 class AverageParamsState(NamedTuple):
-    """State of `average_params`.
+    r"""State of `average_params`.
 
     Attributes:
-        count: int32, shape (): t, the number of steps averaged over.
-        weight: float32, shape (): the sum of the average's weights, 1 - decay^t for a constant
-            decay.
-        average: theta_avg, biased towards zero: shaped like the parameters, float32 or wider.
-        inner_state: the state of the optimizer inside.
+        count: int32, shape (): $t$, the number of steps averaged over.
+        weight: float32, shape (): the sum of the average's weights, $1 - \beta^t$ for a constant
+            decay $\beta$.
+        average: $\bar\theta$, biased towards zero: shaped like the parameters, float32 or wider.
+        inner_state: the state of the inner optimizer.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,34 +46,45 @@ class AverageParamsState(NamedTuple):
 def average_params(
     inner: optax.GradientTransformation, decay: Scalar = 0.999
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps an average of the parameters, beside whatever `inner` does to them.
+    r"""Keeps an exponential average of the parameters, while `inner` trains them.
 
-    After each step of `inner`, with theta the new parameters,
+    After each step of `inner`, with $\theta$ the new parameters and $\beta$ = `decay`,
 
-        theta_avg <- decay theta_avg + (1 - decay) theta
+    $$\bar\theta \leftarrow \beta\, \bar\theta + (1 - \beta)\, \theta$$
 
     (section 7.2 of [Kingma and Ba (2015)](https://arxiv.org/abs/1412.6980)), in float32 or
-    wider. The updates are those of `inner`. `averaged_params` reads the average out. Wrap the
-    whole chain: what is averaged is `optax.apply_updates(params, updates)` with the updates
-    that leave this wrapper.
+    wider. The updates of `inner` pass through unchanged. `averaged_params` reads the average out.
+    Wrap the whole chain: the wrapper averages `optax.apply_updates(params, updates)` with the
+    updates that it returns.
 
-    What counts are steps of the optimizer: where `inner` has `optax.MultiSteps` or
-    `optax.apply_if_finite` in it, a call that makes no step leaves the average alone. With
-    `master_weights`, inside or outside, the float32 weights are averaged. One order has everything
-    right: `master_weights(average_params(optax.MultiSteps(chain, k)))`.
+    Only steps of the optimizer count. If `inner` contains `optax.MultiSteps` or
+    `optax.apply_if_finite`, a call that makes no step leaves the average alone. With
+    `master_weights`, inside or outside, the float32 weights are averaged. If you use all three,
+    nest them as `master_weights(average_params(optax.MultiSteps(chain, k)))`.
 
     Args:
         inner: any optax gradient transformation.
-        decay: in [0, 1); the average looks back over about 1 / (1 - decay) steps. It may change
-            from step to step, or when a run is continued.
+        decay: $\beta$, in [0, 1); the average looks back over about 1 / (1 - decay) steps. It may
+            change from step to step, or when a run is continued.
 
     Returns:
-        An optax gradient transformation. Its `AverageParamsState` has one more float32 for each
-        parameter, or what is as wide as the parameter.
+        An optax gradient transformation with an `AverageParamsState`, which has one more float32
+        for each parameter (as many bits as the parameter, if that is wider).
 
     Raises:
-        ValueError: for a decay out of range, and in `update` when called without parameters.
+        ValueError: for a decay out of range, and in `update` without parameters.
         TypeError: in `init`, for a parameter of integer dtype, naming its path.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp, optax
+        >>> optimizer = adam_jax.average_params(optax.sgd(1.0), decay=0.5)
+        >>> params = jnp.array([0.0])
+        >>> state = optimizer.init(params)
+        >>> for gradient in (-1.0, -1.0):  # parameters become 1, then 2
+        ...     updates, state = optimizer.update(jnp.array([gradient]), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> adam_jax.averaged_params(params, state)  # (1 + 2 * 2) / 3
+        Array([1.6666666], dtype=float32)
     """
     check_decay("decay", decay)
     inner = with_extra_args(inner)
@@ -114,23 +125,32 @@ def average_params(
 
 
 def averaged_params(params: optax.Params, state: Any) -> optax.Params:
-    """The averaged parameters theta_avg / (1 - decay^t), in the dtypes of `params`.
+    r"""Returns the averaged parameters, without the bias towards zero.
 
-    With `master_weights`, `averaged_params(master_params(params, state), state)` is in float32.
+    That is $\bar\theta / (1 - \beta^t)$ with the average $\bar\theta$ and the decay $\beta$ of
+    `average_params`, in the dtypes of `params`. With `master_weights`,
+    `averaged_params(master_params(params, state), state)` is in float32.
 
     Args:
-        params: the current parameters; returned as they are before the first step, and always
-            where the state has no average of them, because they are masked or no arrays.
+        params: the current parameters. They are returned unchanged before the first step, and for
+            leaves of which the state has no average, because they are masked or no arrays.
         state: an optimizer state with one `average_params` state in it, at any depth.
 
     Returns:
-        A tree shaped like `params`.
+        A tree shaped like `params`, with the same dtypes.
 
     Raises:
-        ValueError: when there is no such state, or more than one.
+        ValueError: if there is no such state, or more than one.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> params = jnp.array([1.0])
+        >>> state = adam_jax.average_params(adam_jax.adam(0.1)).init(params)
+        >>> adam_jax.averaged_params(params, state)
+        Array([1.], dtype=float32)
     """
     found = only_state(AverageParamsState, "average_params", state)
-    [weight] = jax.tree.leaves(found.weight)  # which Flax may have put into a box
+    [weight] = jax.tree.leaves(found.weight)  # Flax may have put the weight into a box
 
     def read(param: Any, average: Any) -> Any:
         averages = jax.tree.leaves(average)  # none where it is None or a `MaskedNode`
@@ -142,7 +162,7 @@ def averaged_params(params: optax.Params, state: Any) -> optax.Params:
 
 
 def _averaged(state: AverageParamsState, params: optax.Params, b: Decay) -> AverageParamsState:
-    """Returns the average after one more step, without the state of the optimizer inside."""
+    """Returns the average after one more step, without the state of the inner optimizer."""
     count = jnp.asarray(optax.safe_increment(state.count))
     average = jax.tree.map(
         lambda a, p: a if a is None else _average_leaf(a, p, b),
@@ -154,10 +174,10 @@ def _averaged(state: AverageParamsState, params: optax.Params, b: Decay) -> Aver
 
 
 def _steps_made(old: Any, new: Any, updates: optax.Updates) -> jax.Array | None:
-    """Whether the optimizer inside made a step, or None if it makes one at each call.
+    """Returns whether the inner optimizer made a step, or None if each call makes one.
 
-    `optax.MultiSteps` makes one in so many calls, `optax.apply_if_finite` none of a gradient that
-    is not finite, unless there were too many of these.
+    `optax.MultiSteps` makes one every few calls. `optax.apply_if_finite` makes none for a gradient
+    that is not finite, unless there were too many of these.
     """
     stepped = [
         x.gradient_step != y.gradient_step
@@ -173,11 +193,11 @@ def _steps_made(old: Any, new: Any, updates: optax.Updates) -> jax.Array | None:
 
 @jax.jit
 def _next_weight(weight: RealLeaf, count: jax.Array, decay: Decay) -> RealLeaf:
-    """The sum of the weights after one more step, weight <- decay weight + (1 - decay)."""
+    """Returns the sum of the weights after a step: weight <- decay weight + (1 - decay)."""
     t = count.astype(float)
     before = jax.lax.stop_gradient(bias_correction(decay, t - 1))
-    # Close to 1 float32 stands still before it is there, by 3e-5 with a decay of 0.999. Where the
-    # decay has been this one from the beginning, the sum is known.
+    # Close to 1, float32 stops short of the limit, by 3e-5 with a decay of 0.999. If the decay has
+    # been constant from the beginning, the sum has a closed form.
     wide = weight.astype(t.dtype)
     constant = jnp.abs(wide - before) <= 4 * float(jnp.finfo(weight.dtype).eps) * before
     blend = Blend.of(jax.tree.map(lambda x: jnp.asarray(x, t.dtype), decay))
@@ -189,7 +209,7 @@ def _next_weight(weight: RealLeaf, count: jax.Array, decay: Decay) -> RealLeaf:
 def _average_leaf(average: Leaf, param: Leaf, decay: Decay) -> Leaf:
     dtype = jnp.finfo(average.dtype).dtype
     blend = Blend.of(jax.tree.map(lambda x: jnp.asarray(x, dtype), decay))
-    # The average is of parameters as they are stored.
+    # Averages the parameters as they are stored.
     param = nearest(resharded(param, average).astype(average.dtype), param.dtype)
     with jax.numpy_dtype_promotion("standard"):  # complex leaves meet real scalars
         return decayed(average, param.astype(average.dtype), blend)

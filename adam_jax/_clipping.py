@@ -1,4 +1,4 @@
-"""Clipping for training steps in which all gradients are never there at once."""
+"""Clips gradients in training steps that never hold all of them at once."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -17,22 +17,23 @@ from adam_jax._types import Leaf, RealLeaf, Scalar
 def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Applies a transformation to each layer of stacked leaves by itself.
 
-    `optax.clip_by_block_rms(1.0)` looks at a leaf as a whole. Where leaves are stacked over layers,
-    as `jax.lax.scan` wants them, that joins layers which are parameters of their own. In
+    `optax.clip_by_block_rms(1.0)` looks at whole leaves. Where a leaf is a stack of layers, as
+    `jax.lax.scan` needs it, that treats separate parameters as one. In
 
         optimizer = optax.chain(per_layer(optax.clip_by_block_rms(1.0)), adam_jax.adamw(1e-3))
 
-    it looks at a layer's part of a leaf; `per_layer(optax.clip_by_global_norm(1.0))` clips by the
-    norm of all gradients of a layer. `value_and_update` takes such an optimizer, since no layer
-    depends on another one. `jax.vmap` over the first axis does it, of the state too.
+    it looks at one layer of a leaf at a time, and `per_layer(optax.clip_by_global_norm(1.0))` clips
+    by the norm of all gradients of a layer. `value_and_update` accepts such an optimizer, since no
+    layer depends on another. The wrapper is a `jax.vmap` over the first axis of gradients,
+    parameters and state.
 
     Args:
         inner: any optax gradient transformation.
 
     Returns:
         An optax gradient transformation for trees whose leaves all have the same number of layers
-        as their first axis; for one part of a tree, put it into `optax.masked`. Its state is that
-        of `inner` for one layer, with an axis of layers in front of each leaf.
+        as their first axis; to apply it to a part of a tree, put it into `optax.masked`. Its state
+        is that of `inner` for one layer, with an axis of layers in front of each leaf.
 
     Raises:
         ValueError: for leaves with different numbers of layers, or scalars, naming their paths.
@@ -59,7 +60,7 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         _check_layers(updates)
-        # Where the layers are in a stack, which a layer by itself does not know.
+        # The places of the layers in their stack mean nothing to a layer by itself.
         extra_args.pop("positions", None)
         of_one = lambda *args: inner.update(*args, **extra_args)  # noqa: E731
         return (jax.vmap(of_one) if jax.tree.leaves(updates) else of_one)(updates, state, params)
@@ -80,28 +81,29 @@ def _check_layers(tree: Any) -> None:
         if leaf.shape[0] != first[1]:
             raise ValueError(
                 f"per_layer got {first[0]} with {first[1]} layers and {name} with {leaf.shape[0]}. "
-                "Leave out what is not stacked with optax.masked, and take one per_layer for each "
-                "stack."
+                "Leave out leaves that are not stacked with optax.masked, and use one per_layer "
+                "for each stack length."
             )
 
 
 def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformationExtraArgs:
-    """Scales gradients so that their norm, over all leaves, is at most `max_norm`.
+    r"""Scales gradients so that their norm over all leaves is at most `max_norm`.
 
-        g <- g min(1, max_norm / |g|)             |g|^2 = sum over all leaves of sum(|g|^2)
+    $$g \leftarrow g \min(1, \text{max\_norm} / \lVert g \rVert), \qquad
+    \lVert g \rVert^2 = \sum_\text{leaves} \sum_i |g_i|^2$$
 
-    as `optax.clip_by_global_norm` does ([Pascanu et al.
-    (2013)](https://arxiv.org/abs/1211.5063)), with the norm in float32. `value_and_update` takes it
-    too: it then makes two backward passes, one for the norm and one for the updates. The norm is
-    that of the gradients of the loss, so it has to come first in a chain. Inside `master_weights`
-    it may.
+    This is `optax.clip_by_global_norm` ([Pascanu et al.
+    (2013)](https://arxiv.org/abs/1211.5063)) with the norm in float32. `value_and_update` accepts
+    it too, and then makes two backward passes, one for the norm and one for the updates. It clips
+    by the norm of the loss's gradients, so put it first in the chain; the chain may be inside
+    `master_weights`.
 
     Args:
-        max_norm: in units of the gradient.
+        max_norm: the largest norm, in units of the gradient.
 
     Returns:
-        An optax gradient transformation without state. `update` takes the norm as the extra
-        argument `global_norm`, if somebody has it.
+        An optax gradient transformation without state. If you know the norm already, pass it to
+        `update` as the extra argument `global_norm`.
 
     Raises:
         ValueError: for a negative or infinite `max_norm`.

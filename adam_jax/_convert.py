@@ -1,4 +1,4 @@
-"""Moving a running training from one storage format to another."""
+"""Converts the state of a training run from one storage format to another."""
 
 import functools
 from typing import Any
@@ -36,27 +36,30 @@ from adam_jax._types import RealLeaf, StorageFormats, Word
 def convert_state(
     state: Any, mu_dtype: StorageFormats = None, nu_dtype: StorageFormats = None
 ) -> Any:
-    """The same optimizer state with its moments stored in other formats.
+    """Converts the moments in an optimizer state to other storage formats.
 
-    What it returns is what an optimizer made with these `mu_dtype` and `nu_dtype` goes on from;
-    states of `optax.adam`, with whatever `mu_dtype`, are accepted too. They are rounded as a step
-    rounds them, in bfloat16 and int8 at random. In int8 a row's scale starts as its largest nu.
-    Leaves that are in their formats already stay as they are. A tree of formats converts each group
-    of `optax.multi_transform` to its own.
+    An optimizer made with these `mu_dtype` and `nu_dtype` can continue from the result. States of
+    `optax.adam`, with any `mu_dtype`, are accepted too. Moments are rounded as a step rounds them:
+    stochastically in bfloat16 and int8. In int8 a row's scale starts as its largest nu. Leaves that
+    already have the requested format stay unchanged. A tree of formats converts each group of
+    `optax.multi_transform` to its own.
 
     Args:
         state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
-            `scale_by_adamax` in it, at any depth; the rest is returned as it is.
-        mu_dtype: as in `adam`: one format, or a tree prefix of the parameters.
-        nu_dtype: likewise; for AMSGrad that of v_max too.
+            `scale_by_adamax` in it, at any depth; the rest is returned unchanged.
+        mu_dtype: the new format of mu: `"float32"`, `"bfloat16"`, `"int8"`, None for the default of
+            `adam`, or a tree of these that is a prefix of the parameters.
+        nu_dtype: the new format of nu, likewise; for AMSGrad that of nu_max too.
 
     Returns:
-        A state of the same types. Arrays of moments keep their shapes and have the dtypes of the
-        new formats; in int8, nu is an `Int8Moment`.
+        A state of the same types. The moments keep their shapes and have the dtypes of the new
+        formats; in int8, nu is an `Int8Moment`.
 
     Raises:
-        ValueError: for an unknown storage format, for AMSGrad's nu in int8, and for a state
-            without moments.
+        ValueError: for an unknown storage format, for AMSGrad's nu in int8, and for a state without
+            moments.
+        TypeError: for a moment in a dtype that no format has, and for a complex mu in bfloat16 or
+            int8, naming the path.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp
@@ -72,11 +75,11 @@ def convert_state(
 
 
 def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple[optax.Params, Any]:
-    """The same float32 weights, kept in another kind of remainder.
+    """Converts the remainders of `master_weights` to another format, with the same float32 weights.
 
-    What it returns is what `master_weights` made with this `remainder` goes on from. With more bits
-    nothing is lost. With fewer, weights are rounded to nearest, as `load_master_params` does it: a
-    parameter moves by an ulp where its remainder rounds up to the next one.
+    An optimizer made by `master_weights` with this `remainder` can continue from the result. More
+    bits lose nothing. With fewer bits, weights are rounded to nearest, as `load_master_params`
+    rounds them: a parameter moves by an ulp where its remainder rounds up to a whole one.
 
     Args:
         params: the current parameters.
@@ -84,10 +87,10 @@ def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple
         remainder: `"none"`, `"int8"`, `"int16"` or `"float32"`.
 
     Returns:
-        The parameters, in their dtypes, and the state; but for the remainders it is the same.
+        The parameters, in their dtypes, and the state, in which only the remainders are new.
 
     Raises:
-        ValueError: for another `remainder`, and when there is no such state, or more than one.
+        ValueError: for another `remainder`, and if there is no such state, or more than one.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp
@@ -104,7 +107,7 @@ def convert_remainder(params: optax.Params, state: Any, remainder: str) -> tuple
 
 
 def _converted(state: Any, mu_dtype: StorageFormats, nu_dtype: StorageFormats) -> Any:
-    """Returns one state that has moments, with these in other formats."""
+    """Returns one state with moments, converted to other formats."""
     is_amsgrad = isinstance(state, optax.ScaleByAmsgradState)
     not_int8 = f"nu_max {MAXIMUM}" if is_amsgrad else None
     mu_formats = per_leaf(
@@ -117,7 +120,7 @@ def _converted(state: Any, mu_dtype: StorageFormats, nu_dtype: StorageFormats) -
         none_is_a_value=True,
     )
     stored = leaves_of(state, state.mu)
-    [count] = jax.tree.leaves(state.count)  # which Flax may have put into a box
+    [count] = jax.tree.leaves(state.count)  # Flax may have put the count into a box
     count = jnp.asarray(count)
     leaves = []
     for i, (leaf, draw) in enumerate(zip(stored, draws(len(stored), count), strict=True)):
@@ -144,18 +147,18 @@ def _converted_leaf(
     with jax.numpy_dtype_promotion("standard"):
         numbers = codec.read(stored, codec.opened(stored.rows, dtype), dtype)
     like = initial(numbers[0], mu, nu, len(others))
-    if codec_of(like) == codec:  # encoded anew, a number might become its neighbour
+    if codec_of(like) == codec:  # encoding again could turn a number into its neighbour
         return stored if stored.rows.unit is not None else stored._replace(rows=like.rows)
     return written(numbers, like, draw, count)
 
 
 @jax.jit
 def written(numbers: Moments, like: Stored, draw: Draw, count: Word) -> Stored:
-    """Returns the moments of one leaf as numbers in the format of another leaf."""
+    """Returns one leaf's moments, given as numbers, in the format of another stored leaf."""
     codec = codec_of(like)
     m, v, *others = numbers
     with jax.numpy_dtype_promotion("standard"):
-        # The ratio of the moments is what counts where they are too large for a narrower dtype.
+        # Where moments are too large for a narrower dtype, this preserves their ratio.
         limit = np.array(jnp.finfo(codec.narrowest).max / 4, v.dtype)
         factor = jnp.sqrt(limit / jnp.maximum(v, limit))
         m, v, *others = m * factor, *(jnp.minimum(x, limit) for x in (v, *others))
@@ -167,14 +170,14 @@ def written(numbers: Moments, like: Stored, draw: Draw, count: Word) -> Stored:
 
 
 def _rows(codec: Codec, m: RealLeaf, v: RealLeaf, like: Rows, count: Word) -> tuple[Rows, Rows]:
-    """Returns scales and units with which nothing is cut off, sealed and opened."""
+    """Returns scales and units that cut nothing off, sealed and opened."""
     t = jnp.maximum(count, 1).astype(v.dtype)
     unit = unit_of_mu(Decay.of(0.9), Decay.of(0.999), t)
     scale = root = jnp.ones((), v.dtype)
     if codec.nu_is_coded:
         scale = jnp.max(v, axis=-1, keepdims=True)
         root = jnp.sqrt(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
-    # Other betas than the default ones may have made mu larger. q is between 1/2 and 1 times
+    # Betas other than the defaults may have made mu larger. q lies between 1/2 and 1 times
     # unit sqrt(nu), and rounding nu may halve it.
     ratio = jnp.abs(m) / sqrt(v)
     largest = jnp.max(ratio, axis=-1, keepdims=True, initial=0) / (7.75 / 4)

@@ -1,4 +1,4 @@
-"""A check for debugging: are parameters where the last updates should have brought them?"""
+"""Checks, for debugging, that parameters are where the last updates should have brought them."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -21,11 +21,11 @@ class CheckLandingState(NamedTuple):
     """State of `check_landing`.
 
     Attributes:
-        sums: uint32, shape (n,): of the bit patterns of each of the n parameters in bfloat16 and
-            float16, as the last updates should have left them.
-        known: bool, shape (): False before the first step, and where `load_master_params` or
-            `convert_remainder` has moved parameters since.
-        inner_state: the state of the optimizer inside.
+        sums: uint32, shape (n,): for each of the n parameters in bfloat16 and float16, the sum of
+            the bit patterns that the last updates should have left.
+        known: bool, shape (): False before the first step, and after `load_master_params` or
+            `convert_remainder` has moved parameters.
+        inner_state: the state of the inner optimizer.
     """
 
     sums: jax.Array
@@ -36,31 +36,32 @@ class CheckLandingState(NamedTuple):
 def check_landing(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Checks that nothing changes the updates of `master_weights` before they are added.
 
-    Parameter and remainder belong together, and whatever scales, clips or rounds updates tears them
-    apart. The weights that are trained are wrong from then on, and nothing shows it. This wrapper,
-    right around `master_weights`, notices in the next `update` that parameters are not
+    Parameter and remainder belong together. Whatever scales, clips or rounds updates separates
+    them: from then on training uses wrong weights, and nothing shows it. Put this wrapper
+    right around `master_weights`. In the next `update` it notices parameters that are not
     `optax.apply_updates(params, updates)` of the last one:
 
         optimizer = optax.chain(check_landing(master_weights(adamw(1e-3), "int8")), ...)
 
-    It reads all parameters twice a step and waits for the result, so it is for debugging. It says
-    nothing of the last step of a run, of updates that somebody changes by so little that parameters
-    round to the same, and inside `jax.shard_map` it compares each device's part.
+    It reads all parameters twice a step and waits for the result, so it is for debugging. It cannot
+    check the last step of a run, or detect a change so small that parameters round to the same
+    number. Inside `jax.shard_map` each device checks its own part.
 
     Args:
         inner: an optimizer made by `master_weights`, or any other.
 
     Returns:
-        An optax gradient transformation with a `CheckLandingState`. Updates are those of `inner`.
+        An optax gradient transformation with a `CheckLandingState`. It passes on the updates of
+        `inner`.
 
     Raises:
-        ValueError: in `update`, when a parameter in bfloat16 or float16 is not where it should be,
-            naming its path; in a jitted program JAX makes a `jax.errors.JaxRuntimeError` of it.
-            Also when called without parameters.
+        ValueError: in `update`, if a parameter in bfloat16 or float16 is not where it should be,
+            naming its path (a jitted program raises `jax.errors.JaxRuntimeError` instead), and
+            without parameters.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp, optax
-        >>> inner = adam_jax.master_weights(adam_jax.adam(1e-3), "int16")
+        >>> inner = adam_jax.master_weights(adam_jax.adam(0.1), "int16")
         >>> optimizer = optax.chain(adam_jax.check_landing(inner), optax.scale(0.5))
         >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
         >>> updates, state = optimizer.update(params, optimizer.init(params), params)
@@ -104,7 +105,7 @@ def check_landing(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def moved(state: CheckLandingState) -> CheckLandingState:
-    """Returns the state after somebody has moved parameters on purpose."""
+    """Returns the state after the caller has moved parameters on purpose."""
     return state._replace(known=jax.tree.map(jnp.zeros_like, state.known))
 
 
@@ -120,8 +121,8 @@ def _sum(param: RealLeaf) -> jax.Array:
 
 
 def _raise_unless(paths: Sequence[str], landed: Any) -> None:
-    # As an array of NumPy: a callback that computes with one of JAX waits for threads which, on a
-    # CPU, wait for the callback.
+    # As a NumPy array: a callback that computes with a JAX array waits for threads that, on a CPU,
+    # wait for the callback.
     for path, yes in zip(paths, np.asarray(landed), strict=True):
         if not yes:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Training with bfloat16 and float16 parameters as if they had more bits."""
+"""Trains bfloat16 and float16 parameters as if they had more bits."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ROUNDED = (_NOTHING, "int8")  # stochastically, at each step
 _FORMATS = {"int8": np.int8, "int16": np.int16, "float32": np.float32}
 _NO_LOW_PRECISION = (
     "no parameter is bfloat16 or float16, so there is nothing for master_weights to do. To train "
-    "float32 weights in fewer bytes, cast them and keep the bits that are lost: "
+    "float32 weights in fewer bytes, cast them and keep the lost bits in remainders: "
     "params = optax.tree.cast(weights, jax.numpy.bfloat16); state = optimizer.init(params); "
     "params, state = adam_jax.load_master_params(weights, params, state)"
 )
@@ -60,10 +60,10 @@ class MasterWeightsState(NamedTuple):
     """State of `master_weights`.
 
     Attributes:
-        count: int32, shape (): the number of steps, and of draws of random bits.
+        count: int32, shape (): the number of steps made, which seeds the random bits of each step.
         remainder: shaped like the parameters, int8, int16 or float32; the empty tuple for
-            "none". A leaf that needs none, being float32 or wider, has one of shape ().
-        inner_state: the state of the optimizer inside, which sees float32 weights.
+            `"none"`. A parameter in float32 or wider needs none, and has one of shape ().
+        inner_state: the state of the inner optimizer, which sees float32 weights.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -74,52 +74,57 @@ class MasterWeightsState(NamedTuple):
 def master_weights(
     inner: optax.GradientTransformation, remainder: str
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains bfloat16 and float16 parameters in float32, of which they are the upper bits.
+    r"""Trains bfloat16 and float16 parameters in float32, of which they store the upper bits.
 
-    A step too small for the parameter's 8 or 11 bits would be rounded away. Here a weight w is
-    the parameter p and a remainder r together, and each step is made in float32:
+    A step smaller than an ulp of the parameter (8 bits of precision in bfloat16, 11 in float16)
+    would be rounded away. Here a weight $w$ consists of the parameter $p$ and a remainder $r$, and
+    each step is made in float32:
 
-        w = p + r ulp(p)
-        w <- w + inner(float32(g), w)
-        p <- w rounded to nearest,  r <- (w - p) / ulp(p) rounded to the bits that are kept
+    $$
+    \begin{aligned}
+    w &= p + r\, \mathrm{ulp}(p) \\
+    w &\leftarrow w + \text{inner}(\text{float32}(g), w) \\
+    p &\leftarrow w \text{ rounded}, \quad r \leftarrow (w - p) / \mathrm{ulp}(p) \text{ rounded}
+    \end{aligned}
+    $$
+
+    | `remainder` | bytes per parameter, with $p$ | weights | rounding |
+    |---|---:|---|---|
+    | `"none"` | 2 | $p$ alone | stochastic, unbiased |
+    | `"int8"` | 3 | 8 more bits: 2^-8 ulp | stochastic, unbiased |
+    | `"int16"` | 4 | 16 more bits; with bfloat16 that is exactly float32 | none (see below) |
+    | `"float32"` | 6 | exactly float32, for float16 too | none |
 
     The update is the float32 number p_new - p. `optax.apply_updates` adds in float32 and rounds
     once, so the parameter lands on p_new exactly. Hence **this must be the outermost wrapper of
-    a chain**: whatever scales or clips its updates would make parameter and remainder disagree
-    (`check_landing` finds out).
-    Updates are float32 although gradients may be bfloat16; `inner` sees float32 gradients and
-    weights, so that clipping, decoupled decay and accumulation of gradients are float32's too.
-
-    | `remainder` | bytes per parameter, with p | weights | rounding |
-    |---|---|---|---|
-    | `"none"` | 2 | p alone | at random, right on average |
-    | `"int8"` | 3 | 8 more bits: 2^-8 ulp | at random, right on average |
-    | `"int16"` | 4 | 16 more bits; with bfloat16 that is float32, exactly | none (see below) |
-    | `"float32"` | 6 | float32, exactly, for float16 too | none |
+    a chain**: whatever scales or clips its updates makes parameter and remainder disagree, which
+    `check_landing` detects. Updates are float32 even if gradients are bfloat16. `inner` sees
+    float32 gradients and weights, so clipping, decoupled decay and accumulation of gradients also
+    run in float32.
 
     With bfloat16 and `"int16"`, or with `"float32"`, parameter and remainder together are
-    bit-identical to the float32 weight w + inner(float32(g), w) that the step computed. Whole runs
-    are bit-identical to float32 runs as long as both round alike: in a jitted program XLA may fuse
-    the last product of an update with this sum, in one program and not in another, which leaves out
-    a rounding of less than an ulp of the update. With float16, 16 bits are 2^-16 ulp: exact for
-    weights from 2^-17 to 65504, rounded stochastically to multiples of 2^-40 below. Random bits
-    are a hash of leaf, coordinates and step, drawn anew at each step.
+    bit-identical to the float32 weight that the step computed. Whole runs are bit-identical to
+    float32 runs as long as both round alike: in a jitted program XLA may fuse the last product of
+    an update with this sum, in one program and not in another, and then leaves out a rounding of
+    less than an ulp of the update. With float16, `"int16"` keeps 2^-16 ulp: exact for weights from
+    2^-17 to 65504, and rounded stochastically to multiples of 2^-40 below. The random bits are a
+    hash of leaf, coordinates and step.
 
-    A finite weight beyond the largest finite parameter (3.39e38, 65504) becomes that, but for
-    `"float32"`, whose remainder goes further. Infinity and NaN are passed on. Landing is exact
-    with two exceptions. On processors that flush subnormal numbers, as JAX has CPUs and TPUs do,
-    it may be off by less than 2^-126; elsewhere a weight below 2^-134 beside bfloat16 counts
-    as 0. And a step that cancels all but 2^-16 of a weight may leave it an ulp of the
-    step from where it should be; parameter and remainder agree all the same.
+    A finite weight beyond the largest finite parameter (3.39e38 for bfloat16, 65504 for float16)
+    becomes that parameter, except with `"float32"`, whose remainder reaches further. Infinity and
+    NaN are passed on. Landing is exact with two exceptions. On processors that flush subnormal
+    numbers, as JAX lets CPUs and TPUs do, it may be off by less than 2^-126; elsewhere a bfloat16
+    weight below 2^-134 counts as 0. And a step that cancels all but 2^-16 of a weight may leave the
+    parameter an ulp of the step away from p_new; parameter and remainder still agree.
 
-    Leaves in float32, float64 or complex dtypes go through as they are. A `None` gradient gives
+    Leaves in float32, float64 or complex dtypes pass through unchanged. A `None` gradient gives
     a `None` update and leaves the remainder untouched.
 
-    Stochastic rounding and compensated sums for bfloat16 weights are compared by [Zamirai et
-    al. (2020)](https://arxiv.org/abs/2010.06192); Kahan's compensated sum, as in `optimi`, keeps
-    the same information as a remainder in bfloat16. That float32 splits into bfloat16 and 16
-    bits is used by NVIDIA's apex and TransformerEngine; remainders of 8 bits are from FlashOptim
-    ([2026](https://arxiv.org/abs/2602.23349)), there rounded to nearest.
+    [Zamirai et al. (2020)](https://arxiv.org/abs/2010.06192) compare stochastic rounding with
+    compensated sums for bfloat16 weights. Kahan's compensated sum, as in `optimi`, keeps the same
+    information as a remainder in bfloat16. NVIDIA's apex and TransformerEngine split float32 into
+    bfloat16 and 16 bits. Remainders of 8 bits, there rounded to nearest, are from FlashOptim
+    ([2026](https://arxiv.org/abs/2602.23349)).
 
     Args:
         inner: any optax gradient transformation, or a whole chain of them.
@@ -131,12 +136,12 @@ def master_weights(
 
     Raises:
         ValueError: for another `remainder`; in `init`, for `optax.lookahead` inside, and for
-            `optax.contrib.mechanize` with `"none"` or `"int8"`; in `update` when called without
-            parameters, or with gradients that do not fit them.
+            `optax.contrib.mechanize` with `"none"` or `"int8"`; in `update`, without parameters, or
+            with gradients that do not fit them.
         TypeError: in `init`, for a parameter of integer dtype, naming its path.
 
     Warns:
-        NoLowPrecisionWarning: in `init`, where no parameter is bfloat16 or float16.
+        NoLowPrecisionWarning: in `init`, if no parameter is bfloat16 or float16.
 
     Examples:
         >>> import adam_jax, jax, jax.numpy as jnp, optax
@@ -192,7 +197,7 @@ def master_weights(
         )
         for i, (g, p, r) in enumerate(zip(gradients, old_params, remainders, strict=True)):
             path = functools.partial(leaf_path, updates, i)
-            if is_low(p) and g is not None:  # it would be cast, whatever it is
+            if is_low(p) and g is not None:  # casting would hide a wrong dtype
                 check_param(path, g, p)
             if r is not None:
                 check_remainder(path, p, r, remainder, _FORMATS[remainder], low=is_low(p))
@@ -205,7 +210,7 @@ def master_weights(
         )
         steps = flatten_up_to(tree, updates, steps, "the inner optimizer's updates")
         count = jnp.asarray(optax.safe_increment(state.count))
-        drawn = draws(len(steps), ~count)  # moments draw with the count
+        drawn = draws(len(steps), ~count)  # moments draw with the count: these bits differ
         positions = extra_args.get("positions", ())
         outcome = [
             (u, r) if u is None or not is_low(p) else _step_leaf(u, p, w, r, draw.at(positions, p))
@@ -224,32 +229,42 @@ def _check_inner(inner_state: Any, remainder: str) -> None:
     """Raises ValueError for an optimizer that cannot work inside `master_weights`."""
     if states_of(optax.LookaheadState, inner_state):
         raise ValueError(
-            "optax.lookahead cannot be inside master_weights: its parameters are fast and slow "
-            "ones, its gradients those of the fast ones alone. For an average of the weights take "
-            "adam_jax.average_params."
+            "optax.lookahead cannot be inside master_weights: its parameters are pairs of fast and "
+            "slow ones, but its gradients belong to the fast ones alone. For an average of the "
+            "weights use adam_jax.average_params."
         )
     if remainder in _ROUNDED and states_of(optax.contrib.MechanicState, inner_state):
         raise ValueError(
-            "optax.contrib.mechanize divides the way that weights have come by a small number, and "
-            f"with it the rounding of remainder={remainder!r}. Take 'int16' or 'float32'."
+            "optax.contrib.mechanize divides the distance that weights have moved by a small "
+            f"number, which magnifies the rounding errors of remainder={remainder!r}. Use 'int16' "
+            "or 'float32'."
         )
 
 
 def master_params(params: optax.Params, state: Any) -> optax.Params:
-    """The float32 weights that `master_weights` trains, of which `params` are the upper bits.
+    """Returns the float32 weights that `master_weights` trains.
+
+    `params` store the upper bits of these weights, and the remainders in the state the others.
 
     Args:
-        params: the current parameters; leaves that are neither bfloat16 nor float16, or that
-            `optax.masked` or `optax.multi_transform` keeps from `master_weights`, are returned as
-            they are.
+        params: the current parameters. Leaves that are neither bfloat16 nor float16, or that
+            `optax.masked` or `optax.multi_transform` keeps from `master_weights`, are returned
+            unchanged.
         state: an optimizer state with one `master_weights` state in it, at any depth.
 
     Returns:
-        A tree shaped like `params`, float32 where these are bfloat16 or float16. It shares no
-        array with `params`, and donating it deletes none.
+        A tree shaped like `params`, with float32 for bfloat16 and float16. It shares no array with
+        `params`, so donating one deletes nothing of the other.
 
     Raises:
-        ValueError: when there is no such state, or more than one.
+        ValueError: if there is no such state, or more than one.
+
+    Examples:
+        >>> import adam_jax, jax.numpy as jnp
+        >>> params = jnp.array([0.5], jnp.bfloat16)
+        >>> state = adam_jax.master_weights(adam_jax.adam(1e-3), "int8").init(params)
+        >>> adam_jax.master_params(params, state)
+        Array([0.5], dtype=float32)
     """
     only_state(MasterWeightsState, "master_weights", state)  # there must be one
     return unaliased(jax.tree.map(placed, weights_of(params, state), params), params)
@@ -269,30 +284,29 @@ def weights_of(params: optax.Params, state: Any) -> optax.Params:
 def load_master_params(
     master: optax.Params, params: optax.Params, state: Any
 ) -> tuple[optax.Params, Any]:
-    """Parameters and a state that stand for the given float32 weights, to start training from.
+    """Returns parameters and a state that represent the given float32 weights.
 
-    A float32 checkpoint that is only cast to bfloat16 loses 16 of its bits. This puts them into
-    the remainder: `master_params` of what it returns is `master`, exactly for `"float32"` and,
-    within the limits that `master_weights` states, for `"int16"`, to half of 2^-8 ulp for
-    `"int8"`. For `"none"` there is nowhere to keep them, and parameters are just rounded to
-    nearest.
+    A float32 checkpoint that is only cast to bfloat16 loses 16 of its bits. This function puts them
+    into the remainder. `master_params` of the result is `master`: exactly for `"float32"`; within
+    the limits that `master_weights` states for `"int16"`; to half of 2^-8 ulp for `"int8"`. With
+    `"none"` there is no place to keep them, and the parameters are rounded to nearest.
 
-    The inner optimizer's state stays as it is. Some optimizers keep weights in it, those they began
-    with or others: `schedule_free`, `mechanize`, `prodigy`, `dog`, `cocob` of `optax.contrib`. They
-    have to be told: `state = state._replace(inner_state=inner.init(master))`.
+    The inner optimizer's state stays as it is. Some optimizers of `optax.contrib` store weights,
+    their first ones or others: `schedule_free`, `mechanize`, `prodigy`, `dog`, `cocob`. Initialize
+    these again: `state = state._replace(inner_state=inner.init(master))`.
 
     Args:
         master: the weights, in float32.
-        params: a tree that gives the dtypes of the parameters, such as the one for `init`.
+        params: a tree with the dtypes of the parameters, such as the one passed to `init`.
         state: an optimizer state with one `master_weights` state in it, at any depth.
 
     Returns:
         The parameters, in the dtypes of `params`, and the state.
 
     Raises:
-        ValueError: when there is no such state, or more than one, and for a weight of another
-            shape than its parameter.
-        TypeError: for weights of integer dtype, and complex ones of real parameters.
+        ValueError: if there is no such state, or more than one, and for a weight whose shape is not
+            its parameter's.
+        TypeError: for weights of integer dtype, and complex weights of real parameters.
 
     Examples:
         >>> import adam_jax, jax, jax.numpy as jnp
@@ -326,9 +340,10 @@ def load_master_params(
 
 
 def remainders_of_group(params: optax.Params, state: MasterWeightsState, remainder: str) -> Any:
-    """Returns remainders of zeros where a state has any, in a group of parameters or in all.
+    """Returns zero remainders for the parameters, or the group of them, that a state covers.
 
-    They lie where the old ones do, or else the moments, and in boxes like theirs.
+    They lie on the devices of the old remainders, or of the moments if there are none, and in the
+    same kind of boxes.
     """
     check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
     if remainder == _NOTHING:
@@ -347,7 +362,7 @@ def remainders_of_group(params: optax.Params, state: MasterWeightsState, remaind
 
 
 def no_remainders(params: optax.Params, remainder: str) -> Any:
-    """Returns the remainders of parameters that lack nothing: zeros."""
+    """Returns remainders of zero, for parameters that equal their float32 weights."""
     check_choice("remainder", remainder, [_NOTHING, *_FORMATS])
     if remainder == _NOTHING:
         return ()
@@ -362,16 +377,17 @@ def no_remainders(params: optax.Params, remainder: str) -> Any:
 def _remainder_leaves(state: MasterWeightsState, params: optax.Params) -> list[Any]:
     """Returns the remainder of each parameter, or None where none is stored.
 
-    Of a parameter in a group that has no `master_weights` it is an `optax.MaskedNode`.
+    A parameter in a group without `master_weights` gets an `optax.MaskedNode`.
     """
     stored = bool(jax.tree.leaves(state.remainder))
     return [unboxed(x) if stored or is_masked(x) else None for x in _likes(state, params)]
 
 
 def _likes(state: MasterWeightsState, params: optax.Params) -> list[Any]:
-    """Returns what the state has of each parameter, in its box: a remainder, or else a moment.
+    """Returns for each parameter, in its box, the remainder or else a moment that the state has.
 
-    An `optax.MaskedNode` where it has neither, and parameters where it has none of either.
+    It is an `optax.MaskedNode` where the state has neither, and the parameter itself in a state
+    that has neither for any leaf.
     """
     columns = [leaves_beside(params, x, name) for name, x in _trees(state, params)]
     return [
@@ -381,7 +397,7 @@ def _likes(state: MasterWeightsState, params: optax.Params) -> list[Any]:
 
 
 def _trees(state: MasterWeightsState, params: optax.Params) -> list[tuple[str, Any]]:
-    """Returns the trees of the state that are like the parameters, or these themselves."""
+    """Returns the state's trees that are shaped like the parameters, or else the parameters."""
     if jax.tree.leaves(state.remainder):
         return [("state.remainder", state.remainder)]
     found = states_of(WITH_MOMENTS, state.inner_state)
@@ -389,12 +405,12 @@ def _trees(state: MasterWeightsState, params: optax.Params) -> list[tuple[str, A
 
 
 def master_leaf(param: Any, remainder: Leaf | None = None) -> Any:
-    """The float32 weight of which a parameter is the upper bits; other parameters as they are."""
+    """Returns a 16-bit parameter's float32 weight, and any other parameter unchanged."""
     return _joined(param, fetched(remainder)) if is_low(param) else param
 
 
 def _master_like(param: Any) -> Any:
-    """The float32 weight of a parameter, or its shape where only that is known."""
+    """Returns the float32 weight of a parameter, or its type where only the type is known."""
     if is_low(param) and isinstance(param, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(param.shape, np.float32, sharding=param.sharding)
     return master_leaf(param)
@@ -407,12 +423,12 @@ def _widened(gradient: Any, param: Any) -> Any:
 
 
 def _quiet(x: RealLeaf) -> RealLeaf:
-    """The same numbers, with NaN in the pattern that arithmetic gives it."""
+    """Returns the same numbers, with NaN in the bit pattern that arithmetic gives it."""
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
-# Bits have no derivatives. Parameters have those of the float32 weights (straight-through), and
-# remainders are constants.
+# Bit operations have no derivatives. Parameters get those of the float32 weights
+# (straight-through), and remainders are constants.
 @jax.custom_jvp
 @jax.jit
 def _joined(param: RealLeaf, remainder: Leaf | None) -> RealLeaf:
@@ -442,7 +458,7 @@ def _split_leaf(
         return split(master, param_dtype, 0, bits)[0], None
     param, remainder = split(master, param_dtype, _width(remainder_dtype), bits)
     if remainder_dtype == np.float32:
-        # The difference of two close numbers is exact; infinity has none to itself.
+        # The difference of two close numbers is exact; infinity minus infinity would be NaN.
         remainder = jnp.where(jnp.isfinite(master), master - join(param), 0)
     return param, remainder
 
@@ -466,7 +482,7 @@ def _step_leaf(
     remainder: Leaf | None,
     draw: Draw,
 ) -> tuple[RealLeaf, Leaf | None]:
-    """The update of one leaf that makes a parameter of its new master weight, and the remainder."""
+    """Returns the update that takes one leaf to its new weight, and the new remainder."""
     master = master + update.astype(np.float32)
     new_param, remainder = _split_leaf(
         master,
@@ -476,24 +492,26 @@ def _step_leaf(
     )
     # The parameter has to land on new when this difference is added to it. Let |old| be in
     # [2^e, 2^(e+1)). If new's ulp is 2^(e-23) or more, the difference is exact, or off by much
-    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight, the difference
-    # may be rounded, and the parameter land 2^(e-24) away. The remainder is not to it, but to new,
-    # and as a part of an ulp so little that the weight is right within 2^(e-23) all the same.
+    # less than that ulp. Otherwise the step cancelled all but 2^-16 of the weight. Then the
+    # difference may be rounded, and the parameter may land 2^(e-24) away from new. The remainder
+    # refers to new, but it is a part of such a small ulp that the weight is still right within
+    # 2^(e-23).
     gathered = resharded(new_param, param)  # 16 bits, and not the 32 of their difference
     old, new = join(param), join(gathered)
     in_float32 = None
     if remainder is not None and remainder.dtype == np.float32 and gathered is new_param:
         in_float32 = remainder
     if in_float32 is not None and param.dtype == jnp.bfloat16:
-        # The same, exactly. Made of the remainder, so that XLA for TPU has one pass for both.
+        # The same number exactly. Computing it from the remainder lets XLA for TPU make both in
+        # one pass.
         new = master - in_float32
     difference = -(old - new)  # new - old, but -0 where they are equal, which keeps a -0
     # The difference is not finite where new is not, and where two finite numbers are further apart
-    # than the largest one: no update leads from one to the other then.
+    # than the largest float32. No finite update leads from one to the other then.
     finite = jnp.isfinite(difference)
     if in_float32 is not None:
-        # XLA for TPU takes this as a reason to compute the step again for parameter and remainder,
-        # which it then joins, rather than to store it for both.
+        # This makes XLA for TPU recompute the step for parameter and remainder, in a joint pass,
+        # instead of storing it for both.
         finite &= jnp.isfinite(update)
     return jnp.where(finite, difference, new), remainder
 
@@ -506,7 +524,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _constant(remainder: Leaf | None) -> Any:
-    """Returns the tangent of what is a constant."""
+    """Returns the tangent of a constant."""
     if remainder is None or remainder.dtype == np.float32:
         return jax.tree.map(jnp.zeros_like, remainder)
     return np.zeros(remainder.shape, jax.dtypes.float0)

@@ -1,4 +1,4 @@
-"""Gradient release: each layer's update as soon as the backward pass has its gradient."""
+"""Implements gradient release: each layer is updated as soon as its gradient is computed."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -30,14 +30,14 @@ def value_and_update(
     layers: Mask,
     has_aux: bool = False,
 ) -> Step:
-    """Makes a training step with gradient release: it holds one layer's gradients at a time.
+    """Makes a training step with gradient release, which holds one layer's gradients at a time.
 
-    A step with `jax.value_and_grad` first has all gradients and then makes the update. Where layers
-    are stacked and go through `jax.lax.scan`, the gradients of all of them are one more copy of the
-    parameters. This step updates each layer as soon as the backward pass has its gradient, which
-    nobody needs any more then. With bfloat16 parameters, int8 moments and an int8 remainder it
-    takes 5 bytes per parameter instead of 7; in float32 12 instead of 16. Unrolled layers need none
-    of this: there XLA frees each gradient by itself.
+    A step with `jax.value_and_grad` computes all gradients and then the update. If layers are
+    stacked and go through `jax.lax.scan`, the gradients of all layers take as much memory as the
+    parameters. This step updates each layer as soon as the backward pass has its gradient, and then
+    drops the gradient. With bfloat16 parameters, int8 moments and an int8 remainder it takes 5
+    bytes per parameter instead of 7; in float32 12 instead of 16. Unrolled layers do not need it,
+    because XLA frees each of their gradients by itself.
 
         def loss(params, batch, scan=jax.lax.scan):
             x = params["embed"][batch]
@@ -49,38 +49,38 @@ def value_and_update(
         step = jax.jit(step, donate_argnums=(0, 1))
         value, params, state = step(params, state, batch)
 
-    The numbers are those of the plain step: each layer's gradient goes through the optimizer's own
-    `update` and `optax.apply_updates`. The state is the one of `optimizer.init(params)`, so that
-    one run can use both steps in turn. What the forward pass saves and what the backward pass
-    computes again is as with `jax.lax.scan`: put `jax.checkpoint` around the block as usual.
+    The step computes the same numbers as the plain step: each layer's gradient goes through the
+    optimizer's own `update` and `optax.apply_updates`. The state is that of
+    `optimizer.init(params)`, so one run can alternate between both steps. The forward pass saves,
+    and the backward pass recomputes, the same as with `jax.lax.scan`: put `jax.checkpoint` around
+    the block as usual.
 
-    The update of a layer must not depend on other layers or leaves, whose gradients are not there.
-    That is determined from what the optimizer computes, when the step is traced. `per_layer` and
-    `clip_by_global_norm` are for clipping; the latter costs a second backward pass. Gradient
-    release is due to [Pudipeddi et al. (2020)](https://arxiv.org/abs/2002.05645) and
+    The update of a layer must not depend on other layers or leaves, whose gradients are not in
+    memory. The step checks that when it is traced, on the operations of the optimizer. To clip, use
+    `per_layer` or `clip_by_global_norm`; the latter costs a second backward pass. Gradient release
+    is due to [Pudipeddi et al. (2020)](https://arxiv.org/abs/2002.05645) and
     [Lv et al. (2023)](https://arxiv.org/abs/2306.09782).
 
     Args:
-        loss: `loss(params, *args, scan=..., **kwargs)` returns a scalar, or a scalar and a tree
-            with `has_aux`. It calls `scan`, which has the signature of `jax.lax.scan`, with stacked
-            parameters among the leaves of `xs`, as they are: whatever else happens to them happens
-            in the scan's body. Each goes through one scan. They may be read elsewhere, where no
-            gradient is needed.
+        loss: `loss(params, *args, scan=..., **kwargs)` returns a scalar, or with `has_aux` a scalar
+            and a tree. It calls `scan`, which has the signature of `jax.lax.scan`, with the stacked
+            parameters themselves among the leaves of `xs`; cast or reshape them in the body. Each
+            goes through one scan. Other uses are possible where no gradient is needed.
         optimizer: any optax gradient transformation that works leaf by leaf and layer by layer.
         layers: which parameters are stacked over layers, along their first axis, and go through
             `scan`: a tree of bools that is a prefix of the parameter tree, or a function from the
             parameters to one.
-        has_aux: whether the loss returns a tree beside its value.
+        has_aux: whether the loss returns a tree as well as its value.
 
     Returns:
         `step(params, state, *args, **kwargs)`, which returns the loss (or the loss and the tree),
-        new parameters and the new state. Jit it, and donate parameters and state.
+        the new parameters and the new state. Jit it, and donate parameters and state.
 
     Raises:
-        ValueError: in the step, when it is traced: for an optimizer that joins layers or leaves, or
+        ValueError: in the step, when it is traced: for an optimizer that mixes layers or leaves, or
             treats stacks of different lengths differently; for a stacked parameter that is not
-            scanned, scanned more than once, inside another transformation, or in vain, or that
-            needs a gradient elsewhere. Parameters are named.
+            scanned, is scanned twice or inside another transformation, does not affect the loss, or
+            needs a gradient elsewhere. The message names the parameter.
         TypeError: for a leaf of `layers` that is no bool.
 
     Examples:
@@ -93,7 +93,7 @@ def value_and_update(
         >>> layers = {"layers": True, "bias": False}
         >>> step = jax.jit(adam_jax.value_and_update(loss, optimizer, layers=layers))
         >>> value, params, state = step(params, optimizer.init(params), jnp.ones(4))
-        >>> params["layers"][0]
+        >>> params["layers"][0].round(3)
         Array([0.9, 0.9, 0.9, 0.9], dtype=float32)
     """
 
@@ -127,7 +127,7 @@ def value_and_update(
 
 
 class _New:
-    """New parameters and state, leaf by leaf as they are made."""
+    """The new parameters and state, filled in leaf by leaf."""
 
     def __init__(self, params: Leaves, state: Leaves):
         self.params = params
@@ -179,7 +179,7 @@ class _Release:
 
 
 def _leaf_by_leaf(update: Any, shared: int) -> Any:
-    """Returns an update that fetches one leaf's state at a time from host memory."""
+    """Returns an update that fetches its state from host memory one leaf at a time."""
 
     def fetching(gradients: Leaves, params: Leaves, state: Leaves) -> tuple[Leaves, Leaves, Leaves]:
         size = len(params)
@@ -204,7 +204,7 @@ def _fetched_layer(stacks: Any, place: jax.Array) -> Any:
 
 
 class _Squares:
-    """Adds up the squares of gradients: the consumer of a scan whose norm alone is wanted."""
+    """Adds up the squares of gradients: the consumer of a scan that needs only the norm."""
 
     def __init__(self, squares: Leaves):
         self._squares = squares
@@ -231,15 +231,15 @@ class _Squares:
 def _before_it_is_written(
     updated: Any, stacks: Any, place: jax.Array, gradients: Leaves, rest: Any
 ) -> Any:
-    """Returns a layer of stacks, updated, and the rest, before anything of it is overwritten.
+    """Returns the updated layer and the rest, computed before any of their inputs is overwritten.
 
-    With all operations free to be fused and put in any order, XLA for CPU copies whole stacks, and
-    XLA for GPU writes the words from which it then makes each output anew.
+    If all operations could be fused and reordered freely, XLA for CPU would copy whole stacks, and
+    XLA for GPU would store the words and then compute each output from them again.
     """
     updated = jax.jit(updated)  # traced once for all platforms
 
     def on_cpu(*operands: Any) -> Any:
-        # A condition that always holds, which the compiler does not know.
+        # The condition always holds, but the compiler does not know that.
         return jax.lax.cond(place >= 0, updated, nothing, *operands)
 
     def nothing(stacks: Any, place: jax.Array, gradients: Leaves, rest: Any) -> Any:
