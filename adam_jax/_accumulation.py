@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import tree_leaves_with_path
 
-from adam_jax._backward import Backward
+from adam_jax._backward import Backward, check_layers
 from adam_jax._checks import check_choice, check_leaves, keystr
 from adam_jax._moments import arithmetic_dtype
 from adam_jax._rounding import Draw, draws, mix, split
@@ -84,6 +85,7 @@ def accumulated_value_and_grad(
     def value_and_grad(params: optax.Params, microbatches: Any, *, step: Any = None) -> Any:
         check_leaves("parameter", params)
         stacked = mask_per_leaf("layers", layers, params)
+        check_layers([keystr(path) for path, _ in tree_leaves_with_path(params)], stacked)
         number = _number_of(microbatches)
         leaves, tree = jax.tree.flatten(params)
         dtypes = [_buffer_dtype(p, buffer) for p in leaves]
@@ -193,10 +195,7 @@ def _seed(step: Any, buffer: str) -> jax.Array:
 
 def _number_of(microbatches: Any) -> int:
     """Returns the length of the first axis, which all leaves must share."""
-    shapes = {
-        keystr(path): np.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(microbatches)
-    }
+    shapes = {keystr(path): np.shape(leaf) for path, leaf in tree_leaves_with_path(microbatches)}
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or () in lengths or (0,) in lengths:
         found = ", ".join(f"{path} {shape}" for path, shape in shapes.items())

@@ -59,19 +59,27 @@ class Backward:
         return result, gradients
 
 
-def _check_stacked(paths: Sequence[str], leaves: Leaves, stacked: Sequence[Any]) -> None:
-    for path, leaf, yes in zip(paths, leaves, stacked, strict=True):
+def check_layers(paths: Sequence[str], layers: Sequence[Any]) -> None:
+    """Raises TypeError unless the value of `layers` for each leaf is a bool."""
+    for path, yes in zip(paths, layers, strict=True):
         if not isinstance(yes, bool):
             raise TypeError(
-                f"layers has {yes!r} at {path}. It says of whole leaves whether they are stacked "
-                "over layers: pass True or False."
+                f"layers has {yes!r} at {path}. It marks whole leaves as stacked over layers: pass "
+                "True or False for each."
             )
+
+
+def _check_stacked(paths: Sequence[str], leaves: Leaves, stacked: Sequence[Any]) -> None:
+    check_layers(paths, stacked)
+    for path, leaf, yes in zip(paths, leaves, stacked, strict=True):
         if yes and jnp.ndim(leaf) == 0:
-            raise ValueError(f"layers is True at {path}, which is a scalar and no stack.")
+            raise ValueError(
+                f"layers is True at {path}, which is a scalar and no stack. Pass False for it."
+            )
     if not any(stacked):
         raise ValueError(
             "layers is False for all parameters: pass True for those that are stacked over layers "
-            "and go through scan, or take the plain step."
+            "and go through scan, or use the plain step."
         )
 
 

@@ -239,6 +239,14 @@ def test_other_mistakes():
         adam_jax.accumulated_value_and_grad(loss)({"w": jnp.ones(3, int)}, microbatches_of())
 
 
+@pytest.mark.parametrize("layers", [0, 1, {"blocks": 0, "head": False, "none": None}])
+def test_layers_that_are_no_bools(layers):
+    """0 is no way to spell False: it raises as 1 does, and is not taken for "no layers"."""
+    value_and_grad = adam_jax.accumulated_value_and_grad(loss, layers=layers)
+    with pytest.raises(TypeError, match=r"layers has [01] at \['blocks'\]\['b'\]"):
+        value_and_grad(params_of(), microbatches_of())
+
+
 def test_offloaded_state_and_seven_bytes():
     """In one step with everything else that saves memory."""
     if jax.__version_info__ < (0, 10):
