@@ -1,4 +1,4 @@
-"""How much memory training needs for weights, gradients and optimizer state."""
+"""Counts the memory that training needs for weights, gradients and optimizer state."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adam_jax._types import KeyPath, Mask, is_masked
 
 _SHOWN = 5  # of the parameters
 _HOST = ("pinned_host", "unpinned_host")
-_OTHER = "other"  # what belongs to no parameter, such as counts
+_OTHER = "other"  # state that belongs to no parameter, such as counts
 _OF_INT8 = {"codes": "nu", "units": "scales"}  # fields of `Int8Moment`
 
 
@@ -29,12 +29,12 @@ class ParameterMemory(NamedTuple):
     """Bytes that one parameter needs on one device.
 
     Attributes:
-        path: where it is in the tree of parameters.
-        shape: of the whole parameter, on all devices.
-        dtype: of the parameter and of its gradient.
+        path: its path in the tree of parameters.
+        shape: the shape of the whole parameter, on all devices.
+        dtype: the dtype of the parameter and of its gradient.
         weight: bytes of the parameter itself.
         gradient: bytes of its gradient.
-        state: bytes of its optimizer state, wherever this lies.
+        state: bytes of its optimizer state, on the device or in host memory.
     """
 
     path: str
@@ -53,9 +53,9 @@ class MemoryUsage(NamedTuple):
         weights: bytes of the parameters.
         gradients: bytes of the gradients.
         state: bytes of each kind of optimizer state: `mu`, `nu`, `scales` (of int8 moments),
-            `remainder`, or the name that another state has for it; and `other`.
+            `remainder`, the field's name in any other state, and `other`.
         host_state: the same for state in host memory.
-        parameters: each parameter by itself, the largest first.
+        parameters: the parameters one by one, the largest first.
     """
 
     size: int
@@ -67,7 +67,7 @@ class MemoryUsage(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Bytes of device memory."""
+        """Returns the bytes of device memory."""
         return self.weights + self.gradients + sum(self.state.values())
 
     def __str__(self) -> str:
@@ -102,20 +102,20 @@ def memory_usage(
 ) -> MemoryUsage:
     """Counts the bytes that weights, gradients and optimizer state need on each device.
 
-    Nothing is allocated: parameters can be `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`, of a
-    model that fits nowhere. Activations are not counted; what the compiler says of a whole step is
-    in `step.lower(...).compile().memory_analysis()`.
+    It allocates nothing. Parameters can be `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`, of a
+    model that fits on no device. Activations are not counted: `memory_analysis()` of
+    `step.lower(...).compile()` has the compiler's figures for a whole step.
 
     Args:
-        optimizer: any optax gradient transformation; or what `row_sparse` returns, with a table
-            for `params`.
-        params: the parameters: arrays, or `jax.ShapeDtypeStruct`s. With a
-            `jax.sharding.NamedSharding` each, a device has its part of them.
-        shardings: those of the state, as from `state_shardings`, if they are not those of the
-            parameters: with `axis` for ZeRO-1, whose gradients are then divided like the state,
-            as by a reduce-scatter. What has a host's `memory_kind` is counted by itself.
-        layers: which parameters are stacked over layers, for `value_and_update`: of their gradients
-            one layer's are there at a time.
+        optimizer: any optax gradient transformation; or a `RowSparse`, with a table for `params`.
+        params: the parameters: arrays, or `jax.ShapeDtypeStruct`s. If each has a
+            `jax.sharding.NamedSharding`, a device holds its part of them.
+        shardings: the shardings of the state, as from `state_shardings`, if they differ from those
+            of the parameters. With `axis` for ZeRO-1, gradients count as divided like the state, as
+            after a reduce-scatter. State with a host's `memory_kind` is counted separately.
+        layers: which parameters are stacked over layers, for `value_and_update`, which holds the
+            gradients of one layer at a time: a tree of bools that is a prefix of the parameter
+            tree, or a function from the parameters to one. False: none.
 
     Returns:
         A `MemoryUsage`. `print` shows it as a table.
@@ -157,7 +157,7 @@ def memory_usage(
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         elements = _elements(leaf.shape, _place(leaf))
         of_state = by_param[i]
-        # A reduce-scatter leaves a device that part of a gradient of which it has the moments.
+        # A reduce-scatter leaves each device the part of a gradient for which it has the moments.
         divided = min([elements, *(x.elements for x in of_state if x.shape == leaf.shape)])
         if stacked[i]:
             divided = -(-divided // leaf.shape[0])
@@ -200,7 +200,7 @@ class _Part(NamedTuple):
 def _parts(
     optimizer: Any, state: Any, shardings: Any, tree: Any, paths: Sequence[KeyPath]
 ) -> list[_Part]:
-    """Returns a device's part of each leaf of a state, given as types."""
+    """Returns one device's part of each leaf of a state, given as types."""
     found, state_tree = jax.tree_util.tree_flatten_with_path(state)
     places = [None] * len(found) if shardings is None else state_tree.flatten_up_to(shardings)
     places = [x.sharding if isinstance(x, Format) else x for x in places]
@@ -216,7 +216,7 @@ def _parts(
     for (path, leaf), place, param in zip(
         found, places, state_tree.flatten_up_to(params), strict=True
     ):
-        param = None if param is None else int(param)  # what belongs to rows may have it in a box
+        param = None if param is None else int(param)  # it may be in a box
         kind = _OTHER if param is None else _kind(path, paths[param])
         elements = _elements(leaf.shape, place)
         hosted = in_host(leaf) if place is None else place.memory_kind in _HOST
@@ -226,9 +226,9 @@ def _parts(
 
 
 def _kind(path: KeyPath, param: KeyPath) -> str:
-    """Returns the name of the field of a state that a tree like the parameters is in."""
+    """Returns the name of the state's field that holds a tree like the parameters."""
     end = len(path) - len(param)
-    if path[end:] != param:  # what belongs to rows has no box around it, as the parameter may have
+    if path[end:] != param:  # the parameter may be in a box, which per-row state is not
         end += 1
     names = [str(key.name) for key in path[:end] if isinstance(key, GetAttrKey)]
     return _OF_INT8.get(names[-1], names[-1]) if names else _OTHER

@@ -1,9 +1,9 @@
-"""Optimizer state that rests in host memory, from where a step fetches it leaf by leaf.
+"""Keeps optimizer state in host memory, from which a step fetches it leaf by leaf.
 
-The update of the whole tree is traced once. What several leaves need and nothing in host memory
-goes into, such as bias corrections and the norm of all gradients, is computed first. All else is
-taken apart into a program for each leaf. These run in turn: a program fetches its state, computes
-and returns it before the next one fetches anything.
+The update of the whole tree is traced once. Results that several leaves need and that use nothing
+in host memory, such as bias corrections and the norm of all gradients, are computed first. The
+rest is split into one program for each leaf. These programs run in turn: each fetches its state,
+computes and returns the state before the next one fetches anything.
 """
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
@@ -25,37 +25,37 @@ from adam_jax._sharding import barrier, device_type, fetched, in_host, to_host, 
 from adam_jax._state import with_extra_args
 
 Leaves = list[Any]
-Values = dict[int, Any]  # by their places
+Values = dict[int, Any]  # by place
 
 
 def offload(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keeps an optimizer's state in host memory, and fetches it leaf by leaf in each step.
 
     A device then holds weights, gradients, and the state of one or two leaves at a time. With
-    `value_and_update` it fetches the state layer by layer. New state is written over the old one in
-    host memory, if the step is jitted and the state donated. Scalars, such as counts, stay on the
-    device. The numbers are those of the optimizer inside.
+    `value_and_update` it fetches the state layer by layer. If the step is jitted and the state
+    donated, new state overwrites the old one in host memory. Scalars, such as counts, stay on the
+    device. The step computes the same numbers as without `offload`.
 
         optimizer = adam_jax.offload(adam_jax.adamw(1e-3))
         state = optimizer.init(params)
         step = jax.jit(step, donate_argnums=(0, 1))
 
     On a mesh, jit `init` and the step with the `state_shardings` of this optimizer as their
-    `out_shardings`. What crosses between host and device in a step is the state, twice: in float32
-    16 bytes per parameter, with int8 moments 4. Wrap the whole chain, so that whatever needs all
-    gradients, such as `optax.clip_by_global_norm`, comes before anything is fetched. Leaves whose
-    updates depend on each other's state are fetched together.
+    `out_shardings`. In each step the state crosses between host and device twice: in float32 that
+    is 16 bytes per parameter, with int8 moments 4. Wrap the whole chain, so that transformations
+    which need all gradients, such as `optax.clip_by_global_norm`, run before anything is fetched.
+    Leaves whose updates depend on each other's state are fetched together.
 
     Args:
         inner: any optax gradient transformation.
 
     Returns:
-        A transformation whose state is that of the optimizer inside, with arrays in JAX's
-        `pinned_host` memory. Given a state in device memory, its update is that of the optimizer
-        inside.
+        A transformation with the state of `inner`, whose arrays are in JAX's `pinned_host` memory.
+        Given a state in device memory, it makes the update of `inner` there.
 
     Raises:
-        ValueError: in `init`, on devices without such memory.
+        ValueError: in `init`, on devices without such memory; in `update`, for an optimizer with
+            side effects.
         ImportError: with JAX before 0.10, whose programs cannot return arrays in host memory.
 
     Examples:
@@ -68,7 +68,7 @@ def offload(inner: optax.GradientTransformation) -> optax.GradientTransformation
     if jax.__version_info__ < (0, 10):
         raise ImportError(
             f"offload needs JAX 0.10 or later, whose programs can return arrays in host memory, "
-            f"and this is {jax.__version__}."
+            f"but this is JAX {jax.__version__}. Upgrade JAX, or use the optimizer without offload."
         )
     inner = with_extra_args(inner)
 
@@ -108,7 +108,7 @@ def _check_platform() -> None:
     kinds = {memory.kind for memory in device.addressable_memories()}
     if "pinned_host" not in kinds:
         raise ValueError(
-            f"offload needs devices whose programs can use pinned_host memory, and those of "
+            f"offload needs devices whose programs can use pinned_host memory, but those of "
             f"platform {device.platform!r} have {', '.join(sorted(kinds)) or 'none'}. Use the "
             "optimizer without offload."
         )
@@ -117,10 +117,10 @@ def _check_platform() -> None:
 def leaf_by_leaf(
     function: Callable[..., Leaves], given: Leaves, stored: Leaves, over: dict[int, int]
 ) -> Leaves:
-    """Returns function(*given, *stored), with what is stored in host memory fetched leaf by leaf.
+    """Returns function(*given, *stored), and fetches `stored` from host memory leaf by leaf.
 
-    What the function returns ends with the new state. `over` says for places among its results
-    which of `given` is not needed any more, so that a result can be written over it.
+    The function's results end with the new state. `over` maps places among its results to an entry
+    of `given` that is not needed any more, so that the result can overwrite it.
     """
     traced = jax.make_jaxpr(function)(*map(device_type, (*given, *stored)))
     jaxpr = traced.jaxpr.replace(
@@ -133,7 +133,8 @@ def leaf_by_leaf(
     before, after = _split(jaxpr, hosted, parts)
     values = [*given, *stored, *traced.consts]
     values += eval_jaxpr(before, (), *values)
-    # What the compiler does not know to be 1. Each part hands it on, so that they go in turn.
+    # The compiler does not know that this is 1. Each part passes it to the next, so they run in
+    # turn.
     once = jax.lax.optimization_barrier(jnp.int32(1))
     results: Values = {}
     producers = _producers(after)
@@ -158,19 +159,19 @@ def leaf_by_leaf(
 
 
 def _check_effects(jaxpr: Jaxpr) -> None:
-    """Raises ValueError if something takes place even where no result is needed."""
+    """Raises ValueError if an operation has effects even where no result is needed."""
     effects, _ = needed(jaxpr, ())
     if effects.eqns:
         names = ", ".join(sorted({eqn.primitive.name for eqn in effects.eqns if eqn.effects}))
         raise ValueError(
-            f"the optimizer inside offload has side effects ({names}), and its update is taken "
-            "apart by leaves, none of which they belong to. Put what has them outside, as in "
-            "check_landing(offload(...)), or take jax.debug calls out."
+            f"the optimizer inside offload has side effects ({names}), which belong to no leaf, "
+            "but offload splits the update by leaves. Put a wrapper that has them outside, as in "
+            "check_landing(offload(...)), or remove jax.debug calls."
         )
 
 
 class _Program(NamedTuple):
-    """What makes some of the outputs."""
+    """A program that computes some of the outputs."""
 
     jaxpr: Jaxpr
     places: list[int]  # of the inputs that it takes
@@ -178,7 +179,7 @@ class _Program(NamedTuple):
 
     @classmethod
     def of(cls, jaxpr: Jaxpr, outputs: list[int], producers: dict[Any, int]) -> _Program:
-        # Most equations belong to other leaves: what is left out here need not be looked at.
+        # Most equations belong to other leaves: leaving them out here saves `needed` the work.
         eqns = [jaxpr.eqns[i] for i in _behind(jaxpr, outputs, producers)]
         program, used = needed(jaxpr.replace(eqns=eqns), outputs)
         return cls(program, [k for k, yes in enumerate(used) if yes], outputs)
@@ -203,14 +204,14 @@ def _in_turn(
     own: dict[int, int],
     state: Values,
 ) -> tuple[jax.Array, Values, Values]:
-    """Returns `once`, and what a step returns, with the state in host memory.
+    """Returns `once` and the results of a step, with the state in host memory.
 
-    `types` has the types of results that stay on the device, and `own` says over which inputs they
-    can be written.
+    `types` has the types of results that stay on the device, and `own` maps them to the inputs that
+    they can overwrite.
     """
 
     def on_tpu(once: jax.Array, inputs: Values, state: Values) -> Any:
-        # XLA for TPU fetches as early as it can, but nothing into a loop before it begins.
+        # XLA for TPU fetches as early as it can, but never for a loop before the loop begins.
         others = {k: x for k, x in inputs.items() if k not in own.values()}
 
         def body(carry: Any) -> Any:
@@ -248,7 +249,7 @@ class _Part(NamedTuple):
 
 
 def _parts(jaxpr: Jaxpr, hosted: dict[int, int], new_state: int) -> list[_Part]:
-    """Returns the leaves in host memory in groups, no two of which an output is made of."""
+    """Returns the leaves in host memory in groups. Each output depends on one group at most."""
     bit = {k: 1 << j for k, j in hosted.items()}
     found = sources(jaxpr, [bit.get(k, 0) for k in range(len(jaxpr.invars))])
     for j in hosted.values():
@@ -269,9 +270,9 @@ def _parts(jaxpr: Jaxpr, hosted: dict[int, int], new_state: int) -> list[_Part]:
 
 
 def _split(jaxpr: Jaxpr, hosted: dict[int, int], parts: Sequence[_Part]) -> tuple[Jaxpr, Jaxpr]:
-    """Returns two programs, of which the second takes the results of the first as further inputs.
+    """Returns two programs. The second takes the results of the first as further inputs.
 
-    The first has what several parts need and nothing in host memory goes into.
+    The first computes what several parts need and what uses nothing in host memory.
     """
     producers = _producers(jaxpr)
     users = collections.Counter(
@@ -294,12 +295,12 @@ def _split(jaxpr: Jaxpr, hosted: dict[int, int], parts: Sequence[_Part]) -> tupl
 
 
 def _producers(jaxpr: Jaxpr) -> dict[Any, int]:
-    """Returns the place of the equation that each variable comes from."""
+    """Returns the place of the equation that computes each variable."""
     return {x: i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.outvars}
 
 
 def _behind(jaxpr: Jaxpr, outputs: list[int], producers: dict[Any, int]) -> list[int]:
-    """Returns the places of the equations that some of the outputs come from, in order."""
+    """Returns the places of the equations that some of the outputs depend on, in order."""
     found: set[int] = set()
     wanted = _variables(jaxpr.outvars[k] for k in outputs)
     while wanted:

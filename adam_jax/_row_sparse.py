@@ -1,4 +1,4 @@
-"""Steps of a table of which few rows get a gradient, such as embeddings."""
+"""Updates tables in which few rows get a gradient, such as embeddings."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -28,7 +28,7 @@ Vectors = Float[Array, "*ids_row"] | Complex[Array, "*ids_row"]
 Ids = Integer[Array, "*ids"]
 Rows = Int32[Array, " n"]
 
-# States of optimizers that keep nothing of a row but moments and remainders.
+# States of optimizers that keep nothing for a row except moments and remainders.
 _ROW_BY_ROW = (
     optax.EmptyState,
     optax.ScaleByScheduleState,
@@ -42,7 +42,7 @@ _ROW_BY_ROW = (
 
 
 class RowSparse(NamedTuple):
-    """What `row_sparse` returns: pure functions of a table and its state.
+    """The functions that `row_sparse` returns, pure functions of a table and its state.
 
     Attributes:
         init: `init(table)` returns the state.
@@ -61,9 +61,9 @@ class RowSparseState(NamedTuple):
     """State of `row_sparse(optimizer, exact=True)`.
 
     Attributes:
-        inner_state: that of the optimizer, shaped like `optimizer.init(table)`; its count is that
-            of all steps.
-        last_step: int32, shape (vocabulary,): the step up to which each row has come.
+        inner_state: the state of the optimizer, shaped like `optimizer.init(table)`; its count is
+            that of all steps.
+        last_step: int32, shape (vocabulary,): the step that each row has reached.
     """
 
     inner_state: Any
@@ -71,12 +71,11 @@ class RowSparseState(NamedTuple):
 
 
 def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> RowSparse:
-    r"""Trains a table, such as embeddings, by the rows that each step uses.
+    """Trains a table, such as embeddings, by the rows that each step uses.
 
-    The gradient of a table by way of `table[ids]` is as large as the table, and nearly all of it is
-    0. Here a step takes the gradients of the vectors that were looked up instead, and its time and
-    memory grow with their number. Table and state are updated in place, if the step is jitted and
-    both are donated.
+    Differentiating `table[ids]` gives a gradient as large as the table, nearly all of it 0. This
+    step takes the gradients of the looked-up vectors instead, so its time and memory grow with
+    their number. Jit the step and donate table and state: both are then updated in place.
 
         rows = adam_jax.row_sparse(adam_jax.adam(1e-3))
         state = rows.init(table)                                   # table: (vocabulary, width)
@@ -88,50 +87,51 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
             table, state = rows.update(ids, gradients, table, state)
             return loss, table, state
 
-    Two different things are meant by Adam on sparse gradients:
+    "Adam on sparse gradients" can mean two different things:
 
-    - **Lazy**, the default: a row that no id names keeps its parameters and its moments. There is
-      one count of steps for all. So do `torch.optim.SparseAdam`, TensorFlow's LazyAdam and the
-      SparseCore of TPUs. The state is that of `optimizer.init(table)`, so that steps of rows and
-      steps of the whole table can take turns.
+    - **Lazy**, the default: a row that no id names keeps its parameters and its moments. All rows
+      share one step count. `torch.optim.SparseAdam`, TensorFlow's LazyAdam and the SparseCore of
+      TPUs do the same. The state is that of `optimizer.init(table)`, so row-sparse steps and steps
+      of the whole table can alternate.
     - **Exact** (`exact=True`): the numbers of Adam on the gradient of the whole table, up to
-      rounding. There every row moves at every step: a row without gradient goes on along its first
-      moment, which decays as b1^j, and weight decay shrinks it. Each row stores the step that it
-      has come to; `lookup` and `update` make up for the steps since. Of these, K are summed up,
-      after which what is left of a step is less than 1e-8 of the first one:
+      rounding. In Adam every row moves at every step: a row without a gradient continues along its
+      first moment, which decays as b1^j, and weight decay shrinks it. Each row stores the step that
+      it has reached, and `lookup` and `update` make up for the steps since. They sum up the first K
+      of these, after which less than 1e-8 of the first step is left:
       K = log(1e-8) / log(b1 / sqrt(b2)), 176 with the default betas. (For `amsgrad` the quotient is
       b1, for `adamax` it is b1 / b2.) `catch_up` brings all rows up to date, for a checkpoint of
-      the table, or to go on with steps of the whole of it: with `state.inner_state`.
+      the table, or to continue with steps of the whole table on `state.inner_state`.
 
-    **Ids out of range.** Where ids are known, not traced, they raise an error. In a jitted function
-    `lookup` returns zeros for them, negative ones too, and `update` ignores them, so that they can
-    fill up a batch. Gradients of the same id are summed, in float32 (float64 for float64).
+    **Ids out of range.** Concrete ids out of range raise an error. For traced ids, in a jitted
+    function, `lookup` returns zeros for them, negative ones too, and `update` ignores them, so they
+    can pad a batch. Gradients of the same id are summed, in float32 (float64 for float64).
 
-    The optimizer is given the rows of a step as if they were the whole parameter. Moments may be in
-    any storage format; random bits of a row are the same as if the whole table had been updated.
-    On a mesh, table and state may be divided by rows or columns. Results come in the order of the
-    arguments, since JAX finds by their order which donated array each can take the place of.
+    The optimizer sees the rows of a step as if they were the whole parameter. Moments may have any
+    storage format. A row draws the same random bits as in an update of the whole table. On a mesh,
+    table and state may be divided by rows or columns. Results come in the order of the arguments,
+    because JAX reuses donated arrays in that order.
 
     Args:
-        optimizer: `adam` or any variant of it, in `master_weights` for tables of 16 bits, in a
-            chain with what has no state, or in `optax.inject_hyperparams` or
-            `optax.apply_if_finite`. With `exact=True` one of `adam_jax`'s own whole steps, or
-            `master_weights` of one, with eps_root = 0.
+        optimizer: `adam` or any variant of it; `master_weights` of one, for tables in 16 bits; a
+            chain of one with transformations that have no state; or one in
+            `optax.inject_hyperparams` or `optax.apply_if_finite`. With `exact=True`: one of
+            `adam_jax`'s optimizers, not a `scale_by_...`, with eps_root = 0, or `master_weights` of
+            one.
         exact: whether rows that no id names move as Adam moves them.
 
     Returns:
-        Four functions: `init(table)`, `lookup(ids, table, state)`,
+        Four functions, as a `RowSparse`: `init(table)`, `lookup(ids, table, state)`,
         `update(ids, gradients, table, state)` and `catch_up(table, state)`. The table has shape
-        (vocabulary, width), or more axes; ids are integers of any shape, gradients have the shape
-        of the vectors. `lookup` returns vectors in the table's dtype; `update` and `catch_up`
-        return the table and the state. Gradients are those of the vectors: with `exact=True`
-        `lookup` itself has no derivative.
+        (vocabulary, width), or more axes. Ids are integers of any shape. `lookup` returns vectors
+        in the table's dtype, and gradients have the vectors' shape. `update` and `catch_up` return
+        the table and the state. Differentiate with respect to the vectors: with `exact=True`,
+        `lookup` has no derivative.
 
     Raises:
-        ValueError: for an optimizer that keeps something else for each row (`optax.MultiSteps`,
-            `average_params`); for ids out of range, where they are known; for gradients or a state
-            that do not fit the table. With `exact=True` for betas, eps or rates that are traced,
-            for b1 >= sqrt(b2), with which a row would never come to rest, and for a constant
+        ValueError: for an optimizer that keeps anything else for each row (`optax.MultiSteps`,
+            `average_params`); for concrete ids out of range; for gradients or a state that do not
+            fit the table. With `exact=True` for traced betas, eps or rates, for b1 >= sqrt(b2),
+            with which a row would never come to rest, and for a constant
             learning_rate * weight_decay >= 1.
         TypeError: for ids that are not integers, and a table that is no array of a real or complex
             floating dtype.
@@ -161,7 +161,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
         zero = lambda x: zeros_along(x, x.shape[:1], jnp.int32)  # noqa: E731
         state = RowSparseState(state, jax.tree.map(zero, table))
         if jax.tree.leaves(table):
-            jax.eval_shape(catch_up, table, state)  # raises if the optimizer is none for it
+            jax.eval_shape(catch_up, table, state)  # raises if the optimizer does not support it
         return state
 
     def lookup(ids: Any, table: Any, state: Any) -> Any:
@@ -224,12 +224,12 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
     def replayed(
         table: Any, state: RowSparseState, rows: Rows, vocabulary: int
     ) -> tuple[Any, RowSparseState]:
-        """Returns a table and its state, or rows of them, after the steps that each has missed."""
+        """Returns a table and its state, or rows of them, after the steps that each row missed."""
         inner, last_step = state
         _check_whole_step(inner)
         count = states_with_moments(inner)[0].count
         missed = Missed(jnp.where(rows < vocabulary, count - last_step, 0))
-        # The last of them is the last step that was made, which draws as it did.
+        # The last missed step is the last step that the optimizer made: it draws the same bits.
         before = jax.tree.map(lambda x: x - 1 if x.dtype == jnp.int32 else x, inner)
         no_gradient = jnp.zeros_like(table, arithmetic_dtype(table.dtype))
         updates, new = optimizer.update(no_gradient, before, table, positions=[rows], missed=missed)
@@ -250,7 +250,7 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
 
 
 def _in_int32(ids: Ids, vocabulary: int) -> Ids:
-    """Returns ids as int32, those out of range as the number of rows."""
+    """Returns ids as int32, with the number of rows for ids out of range."""
     if ids.dtype.itemsize < 4:
         ids = ids.astype(jnp.int32)
     inside = (ids >= 0) & (ids < np.array(vocabulary, ids.dtype))
@@ -258,17 +258,17 @@ def _in_int32(ids: Ids, vocabulary: int) -> Ids:
 
 
 def _summed(ids: Ids, gradients: Vectors, table: Table) -> tuple[Rows, Vectors]:
-    """Returns the rows that ids name, distinct and ascending, and the sum of each one's gradients.
+    """Returns the distinct rows that ids name, ascending, and the sum of the gradients of each.
 
-    There are as many as ids, but no more than the table has. Those that no id names are beyond the
-    end of the table, and their gradients are 0.
+    There are as many as ids, but no more than the table has rows. Surplus entries are rows beyond
+    the end of the table with gradients of 0.
     """
     vocabulary, *row = table.shape
     size = min(ids.size, vocabulary)
     ids = _in_int32(ids, vocabulary).reshape(-1)
     order = jnp.argsort(ids)
     ids = ids[order]
-    # Ids out of range come last. If there is no place left for them, they are dropped.
+    # Ids out of range come last, and are dropped if no place is left for them.
     places = jnp.cumsum(jnp.diff(ids, prepend=ids[:1]) > 0, dtype=jnp.int32)
     wide = gradients.reshape(-1, *row).astype(arithmetic_dtype(gradients.dtype))
     sums = jax.ops.segment_sum(wide[order], places, size, indices_are_sorted=True)
@@ -278,22 +278,22 @@ def _summed(ids: Ids, gradients: Vectors, table: Table) -> tuple[Rows, Vectors]:
 
 
 def _applied(table: Any, updates: Any) -> Any:
-    """Returns a table, or rows of it, with updates added, which may be in a wider dtype."""
+    """Returns a table, or rows of it, with updates added, which may have a wider dtype."""
     with jax.numpy_dtype_promotion("standard"):
         return optax.apply_updates(table, updates)
 
 
 def _gathered(rows: Rows, table: Table, state: Any) -> tuple[Any, Any]:
-    """Returns rows of a table and of what its state has for each row: 0 beyond the end."""
+    """Returns rows of a table and of its state, with 0 beyond the end."""
     gather = lambda x: x.at[rows].get(mode="fill", fill_value=0) if x.ndim else x  # noqa: E731
     return jax.tree.map(gather, (table, state))
 
 
 def _one_after(sums: Vectors) -> jax.Array:
-    """Returns int32 ones, one for each row, that the compiler takes for made of the gradients.
+    """Returns int32 ones, one for each row, which the compiler believes to depend on the gradients.
 
-    What a row's last step becomes depends on no gradient. XLA for CPU would see no reason why it
-    should be written after a lookup has read it, and copy it, which takes as long as it is large.
+    The new last step of a row depends on no gradient. XLA for CPU would see no reason to write it
+    after a lookup has read it, and would copy the whole array, at a cost that grows with its size.
     """
     size, *row = sums.shape
     first = jnp.real(sums.reshape(size, math.prod(row))[:, :1].sum(axis=1)).astype(jnp.float32)
@@ -302,12 +302,12 @@ def _one_after(sums: Vectors) -> jax.Array:
 
 
 def _scattered(rows: Rows, old: Any, new: Any) -> Any:
-    """Returns table and state with some rows of them replaced; rows are ascending and distinct."""
+    """Returns table and state with some rows replaced; rows are ascending and distinct."""
 
     def scatter(old: Any, new: Any) -> Any:
         if old.ndim == 0:
             return new
-        # XLA for TPU compiles ascending scatters of 8 or 16 bits ten times as long.
+        # XLA for TPU takes ten times as long to compile ascending scatters of 8 or 16 bits.
         ascending = old.dtype.itemsize >= 4
         return old.at[rows].set(new, mode="drop", indices_are_sorted=ascending, unique_indices=True)
 
@@ -322,8 +322,8 @@ def _not_differentiated(tree: Any) -> Any:
 @_not_differentiated.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     raise TypeError(
-        "lookup has no derivative with exact=True. Look the vectors up first, and take the "
-        "gradients of these: jax.grad(loss_of)(rows.lookup(ids, table, state))."
+        "lookup has no derivative with exact=True. Look the vectors up first, and differentiate "
+        "with respect to them: jax.grad(loss_of)(rows.lookup(ids, table, state))."
     )
 
 
@@ -332,7 +332,7 @@ def _shardings(tree: Any) -> Any:
 
 
 def _sharding_of_vectors(ids: Any, table: Any) -> NamedSharding:
-    """Returns how vectors are divided over explicit axes: as their ids, and as rows are."""
+    """Returns how vectors are divided over explicit axes: like their ids, and like rows."""
     of_ids, of_table = _shardings((ids, table))
     used = {name for part in of_ids.spec for name in (part if isinstance(part, tuple) else [part])}
     of_row = [
@@ -344,9 +344,9 @@ def _sharding_of_vectors(ids: Any, table: Any) -> NamedSharding:
 
 
 def _in_auto_axes(function: Callable[..., Any], shardings: Any, args: Any) -> Any:
-    """Calls a function inside of which the compiler decides where on a mesh everything is.
+    """Calls a function inside which the compiler decides where on a mesh everything lies.
 
-    Along explicit axes, JAX would have to be told for each gather and scatter.
+    Along explicit axes, JAX would need that for each gather and scatter.
     """
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args) if is_explicit(x)]
     if not meshes:
@@ -357,7 +357,7 @@ def _in_auto_axes(function: Callable[..., Any], shardings: Any, args: Any) -> An
 
 
 def _checked_ids(ids: Any, table: Any) -> Any:
-    """Returns ids as an array. Raises unless they are integers, and in range if that is known."""
+    """Returns ids as an array. Raises unless they are integers and, if concrete, in range."""
     if not hasattr(ids, "dtype"):
         ids = np.asarray(ids) if np.size(ids) else np.zeros(np.shape(ids), np.int32)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -370,13 +370,14 @@ def _checked_ids(ids: Any, table: Any) -> Any:
         )
     if isinstance(ids, Tracer) or not getattr(ids, "is_fully_addressable", True):
         return ids
-    known = np.asarray(ids)  # no tracer in a jitted function either
+    known = np.asarray(ids)  # of NumPy: no tracer in a jitted function either
     outside = np.argwhere((known < 0) | (known >= vocabulary))
     if len(outside):
         place = tuple(map(int, outside[0]))
         raise ValueError(
-            f"ids{list(place)} is {known[place]}, but the table has {vocabulary} rows. Of traced "
-            "ids, in a jitted function, those out of range are ignored."
+            f"ids{list(place)} is {known[place]}, but the table has {vocabulary} rows. Pass ids "
+            f"from 0 to {vocabulary - 1}. (In a jitted function, where ids are traced, those out "
+            "of range are ignored.)"
         )
     return jnp.asarray(ids)
 
@@ -384,7 +385,7 @@ def _checked_ids(ids: Any, table: Any) -> Any:
 def _check_table(table: Any) -> None:
     leaves, tree = jax.tree.flatten(table)
     if table is not None and not leaves:
-        return  # a placeholder, with which optax finds out what the state consists of
+        return  # a placeholder, from which optax finds out what the state consists of
     if table is None or not (jax.tree_util.treedef_is_leaf(tree) and hasattr(table, "shape")):
         raise TypeError(
             f"the table must be one array, got {type(table).__name__}. Each table of a model has "
@@ -393,23 +394,24 @@ def _check_table(table: Any) -> None:
     check_leaves("table", table)
     if table.ndim < 2:
         raise ValueError(
-            f"a table has shape (vocabulary, width), got {table.shape}. For one number in each "
-            "row pass table[:, None]."
+            f"a table must have shape (vocabulary, width), got {table.shape}. For one number in "
+            "each row pass table[:, None]."
         )
 
 
 def _check_row_by_row(state: Any) -> None:
-    """Raises ValueError unless an optimizer keeps nothing of a row but moments and remainders."""
+    """Raises ValueError if an optimizer keeps more of a row than moments and remainders."""
     if type(state) in (tuple, list, dict):
         for x in state.values() if isinstance(state, dict) else state:
             _check_row_by_row(x)
         return
     if not isinstance(state, _ROW_BY_ROW):
         raise ValueError(
-            f"row_sparse has no rule for {type(state).__name__}: of a row without gradient it must "
-            "stay what it is. Pass adam or a variant of it, in master_weights if need be, in a "
-            "chain with what has no state. To accumulate gradients, join ids and gradients of "
-            "several batches instead of using optax.MultiSteps."
+            f"row_sparse has no rule for {type(state).__name__}: the state of a row without a "
+            "gradient must stay unchanged. Pass adam or a variant of it, perhaps in "
+            "master_weights, or in a chain with transformations that have no state. To accumulate "
+            "gradients, join ids and gradients of several batches instead of using "
+            "optax.MultiSteps."
         )
     _check_row_by_row(getattr(state, "inner_state", ()))
 
@@ -434,7 +436,7 @@ def _check_rows(state: Any, table: Any) -> None:
 
 
 def _check_whole_step(state: Any) -> None:
-    """Raises ValueError unless a state can be one of adam_jax's whole steps."""
+    """Raises ValueError unless a state can be that of an optimizer of adam_jax."""
     while isinstance(state, MasterWeightsState):
         state = state.inner_state
     is_step = isinstance(state, tuple) and isinstance([*state, None][0], WITH_MOMENTS)
@@ -444,7 +446,7 @@ def _check_whole_step(state: Any) -> None:
 
 def _no_whole_step() -> ValueError:
     return ValueError(
-        "exact=True takes adam_jax's own adam, adamw, nadam, nadamw, amsgrad, adamax or adamaxw, "
-        "or master_weights of one: steps that a row has missed are made by its formula. In "
-        "optax.inject_hyperparams rates are not known afterwards: pass a schedule."
+        "exact=True needs adam_jax's own adam, adamw, nadam, nadamw, amsgrad, adamax or adamaxw, "
+        "or master_weights of one, because it makes up for missed steps by their formulas. Instead "
+        "of optax.inject_hyperparams, whose past rates are unknown, pass a schedule."
     )

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lies on a mesh of devices."""
+"""Places an optimizer's state on a mesh of devices."""
 
 import math
 import operator
@@ -23,35 +23,37 @@ def state_shardings(
     axis: str | None = None,
     layers: Mask = False,
 ) -> Any:
-    """The sharding of every leaf of an optimizer's state.
+    """Returns the sharding of every leaf of an optimizer's state.
 
-    Moments and remainders are sharded as their parameters are, the scales of int8 moments as the
-    rows they belong to; counts and whatever else belongs to no parameter is replicated. With
-    `axis`, state is partitioned over that axis of the mesh as well, which is the first stage of
-    ZeRO ([Rajbhandari et al., 2020](https://arxiv.org/abs/1910.02054)): parameters that are
-    replicated over the axis, as in data-parallel training, have a state that is not. Of each leaf
-    the first dimension that can be divided evenly is, one that is not divided yet if possible. (If
-    that is the last one, the scales of int8 moments, one for each row, cost a small collective.) A
-    leaf with no such dimension stays as its parameter is. What `offload` keeps in host memory has a
-    sharding there.
+    Moments and remainders are sharded like their parameters, and the scales of int8 moments like
+    the rows they belong to. Counts and everything else that belongs to no parameter are replicated.
 
-    JAX does the rest, if a jitted step is told that its new state is to be sharded so, and its
-    parameters as they were: each device gets its part of the sum of the gradients
-    (reduce-scatter), makes its part of the step, and parameters are gathered (all-gather).
+    With `axis`, state is partitioned over that axis of the mesh as well: the first stage of
+    ZeRO ([Rajbhandari et al., 2020](https://arxiv.org/abs/1910.02054)). In data-parallel training,
+    for example, parameters are replicated over the axis while their state is not. Each leaf is
+    divided along its first dimension that divides evenly, preferably one that nothing divides yet.
+    (If that is the last dimension, the scales of int8 moments, one for each row, cost a small
+    collective.) A leaf without such a dimension stays sharded like its parameter. State that
+    `offload` keeps in host memory gets a sharding there.
+
+    JAX does the rest if you give a jitted step these shardings for its new state, and the old ones
+    for its parameters. Each device then gets its part of the sum of the gradients (reduce-scatter)
+    and makes its part of the step, and the parameters are gathered (all-gather).
 
     Args:
-        optimizer: any optax gradient transformation, or chain of them; or what `row_sparse`
-            returns, with a table for `params`.
+        optimizer: any optax gradient transformation, or chain of them; or a `RowSparse`, with a
+            table for `params`.
         params: the parameters, with a `jax.sharding.NamedSharding` each: arrays, or
             `jax.ShapeDtypeStruct`s.
-        axis: the name of a mesh axis.
-        layers: which parameters are stacked over layers, as for `value_and_update`: their first
-            dimension is not divided over `axis`, so that each device has its part of each layer.
+        axis: the name of the mesh axis to divide the state over. None: no further axis.
+        layers: which parameters are stacked over layers, for `value_and_update`: a tree of bools
+            that is a prefix of the parameter tree, or a function from the parameters to one. `axis`
+            does not divide their first dimension, so each device has its part of each layer.
 
     Returns:
         A tree shaped like the optimizer's state, of `jax.sharding.NamedSharding`. On a TPU, 8-bit
         arrays in host memory have a `jax.experimental.layout.Format` instead, with the sharding and
-        the layout in which a loop over layers can read them; JAX takes both alike.
+        a layout that a loop over layers can read. JAX accepts either.
 
     Raises:
         ValueError: for a parameter without a `NamedSharding`, naming its path, for parameters on
@@ -92,10 +94,10 @@ def state_shardings(
             parts = [*param.sharding.spec, *parts][: leaf.ndim]
             if axis is not None:
                 parts = _partitioned(parts, param.shape, mesh, axis, first=int(stacked))
-            # Scales have rows in common with the parameter, but not what is in a row.
+            # Scales share the rows of the parameter, but not the axis within a row.
             same = map(operator.eq, leaf.shape, param.shape)
             parts = [part if yes else None for part, yes in zip(parts, same, strict=True)]
-        elif leaf.shape == param.shape[: leaf.ndim]:  # one for each row, as of `row_sparse`
+        elif leaf.shape == param.shape[: leaf.ndim]:  # one number per row, as in `row_sparse`
             parts = [*param.sharding.spec, *parts][: leaf.ndim]
         return PartitionSpec(*parts)
 
@@ -111,14 +113,14 @@ def state_shardings(
 
 
 def is_explicit(x: Any) -> bool:
-    """Whether an array is on a mesh with explicit axes."""
+    """Returns whether an array is on a mesh with explicit axes."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def other_sharding(x: Any, like: Any) -> NamedSharding | None:
-    """Returns how `like` is sharded over explicit axes, or None if x is sharded so too.
+    """Returns how `like` is sharded over explicit axes, or None if x is sharded alike.
 
-    Along these JAX wants to be told where operands meet that lie in different places. Along others
+    Along these axes JAX raises an error where operands with different shardings meet. Along others
     its compiler decides.
     """
     sharding = jax.typeof(like).sharding
@@ -127,24 +129,24 @@ def other_sharding(x: Any, like: Any) -> NamedSharding | None:
 
 
 def resharded(x: Any, like: Any) -> Any:
-    """Returns an array sharded as another of its shape, over the explicit axes of their mesh."""
+    """Returns an array sharded like another of its shape, over the explicit axes of their mesh."""
     sharding = other_sharding(x, like)
     return x if sharding is None else reshard(x, sharding)
 
 
 def placed(x: Any, like: Any) -> Any:
-    """Returns an array on the devices where another one of its shape was put, or in host memory."""
+    """Returns an array on the devices, or in the host memory, of another array of its shape."""
     x = in_memory_of(like, x)
     if isinstance(like, Tracer):
         return resharded(x, like)
     sharding = getattr(like, "sharding", None)
     if sharding is None or not getattr(like, "committed", True):
-        return x  # what nobody has put anywhere may be used beside arrays on any device
+        return x  # an uncommitted array can be used with arrays on any device
     return jax.device_put(x, sharding)
 
 
 def divides_layers(x: Any) -> bool:
-    """Whether the first axis of an array is divided over explicit axes of a mesh."""
+    """Returns whether the first axis of an array is divided over explicit axes of a mesh."""
     return is_explicit(x) and x.ndim > 0 and jax.typeof(x).sharding.spec[0] is not None
 
 
@@ -156,7 +158,7 @@ def varying(aval: Any) -> frozenset[Any]:
 
 
 def zeros_of(aval: Any) -> jax.Array:
-    """Returns zeros of a type: its shape and dtype, and where it lies."""
+    """Returns zeros of a type: its shape, its dtype and its place."""
     zeros = jnp.zeros(aval.shape, aval.dtype)
     if AxisType.Explicit in aval.sharding.mesh.axis_types:
         zeros = reshard(zeros, aval.sharding)
@@ -167,13 +169,13 @@ def zeros_of(aval: Any) -> jax.Array:
 
 
 def types_of(function: Any, *args: Any) -> Any:
-    """Returns the types of what a function returns: shapes, dtypes, and in which memory."""
+    """Returns the types of a function's results: shapes, dtypes and memory."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     return jax.tree.structure(shapes).unflatten(jaxpr.out_avals)
 
 
 def in_host(x: Any) -> bool:
-    """Whether an array, or one of its type, is in host memory and not in that of a device."""
+    """Returns whether an array, or one of this type, is in host memory."""
     aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
     return aval.memory_space is jax.memory.Space.Host
 
@@ -185,8 +187,8 @@ def _in_host_memory(sharding: NamedSharding, leaf: Any) -> NamedSharding | Forma
     one_tpu = isinstance(mesh, Mesh) and [x.platform for x in mesh.devices.flat] == ["tpu"]
     if not one_tpu or leaf.dtype.itemsize > 1 or leaf.ndim < 3:
         return sharding
-    # As arguments XLA tiles them (32, 128), and in a loop (8, 128): it would copy whole stacks. It
-    # takes no other tiling for arrays on several chips.
+    # XLA tiles such arguments as (32, 128), and in a loop as (8, 128): it would copy whole stacks.
+    # For arrays on several chips it accepts no other tiling.
     return Format(Layout(tuple(range(leaf.ndim)), tiling=((8, 128), (4, 1))), sharding)
 
 
@@ -202,21 +204,22 @@ def fetched(tree: Any) -> Any:
 
 
 def in_memory_of(like: Any, x: Any) -> Any:
-    """Returns x in host memory if another array is there."""
+    """Returns x, moved to host memory if another array is there."""
     return to_host(x) if in_host(like) else x
 
 
 def device_type(x: Any) -> Any:
-    """Returns the type of an array if it was in device memory."""
+    """Returns the type that an array would have in device memory."""
     aval = jax.typeof(x)
     return aval.update(memory_space=jax.memory.Space.Device) if in_host(x) else aval
 
 
 def barrier(tree: Any) -> Any:
-    """Returns arrays as they are, behind one `jax.lax.optimization_barrier`.
+    """Returns arrays unchanged, behind one `jax.lax.optimization_barrier`.
 
-    In `jax.shard_map`, before JAX 0.11, all that goes through one would vary over the axes over
-    which anything of it does.
+    In `jax.shard_map`, before JAX 0.11, everything that goes through one barrier would vary over
+    all axes over which any of it varies. So arrays that vary over different axes get different
+    barriers.
     """
     leaves, treedef = jax.tree.flatten(tree)
     types = [varying(jax.typeof(x)) for x in leaves]
@@ -229,7 +232,7 @@ def barrier(tree: Any) -> Any:
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:
-    """The one mesh that all parameters are on."""
+    """Returns the one mesh that all parameters are on."""
     meshes: set[Mesh | AbstractMesh] = set()
     for path, param in jax.tree_util.tree_leaves_with_path(params):
         sharding = getattr(param, "sharding", None)
@@ -240,24 +243,27 @@ def _mesh_of(params: Any) -> Mesh | AbstractMesh:
             )
         meshes.add(sharding.mesh)
     if len(meshes) != 1:
-        raise ValueError(f"the parameters must be on one mesh, got {len(meshes)}.")
+        raise ValueError(
+            f"the parameters must be on one mesh, got {len(meshes)}. Put them all on one with "
+            "jax.device_put."
+        )
     return meshes.pop()
 
 
 def _partitioned(
     parts: list[Any], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str, first: int
 ) -> list[Any]:
-    """The same partition, with a dimension divided by one more axis.
+    """Returns the partition with a dimension divided by one more axis.
 
-    It is the first that allows it, from dimension `first` on.
+    It is the first dimension that allows this, from dimension `first` on.
     """
     axes: list[tuple[str, ...]] = [
         () if part is None else part if isinstance(part, tuple) else (part,) for part in parts
     ]
     if any(axis in names for names in axes):
         return parts
-    # First those that nothing divides yet: with two axes for one dimension, what meets the
-    # parameter on explicit meshes would have to be resharded.
+    # First the dimensions that nothing divides yet: with two axes for one dimension, arrays that
+    # meet the parameter on explicit meshes would have to be resharded.
     for i in sorted(range(first, len(shape)), key=lambda i: len(axes[i])):
         divided = (*axes[i], axis)
         if shape[i] % math.prod(mesh.shape[name] for name in divided) == 0:

@@ -1,4 +1,4 @@
-"""What a step did, in a few numbers for each leaf: for whoever watches a training."""
+"""Describes a step in a few numbers for each leaf, to watch a training run."""
 
 import functools
 from typing import Any, NamedTuple
@@ -36,56 +36,58 @@ def step_statistics(
     infinity_norm: bool = False,
     old_state: Any = None,
 ) -> dict[str, jax.Array]:
-    r"""A step in a few numbers, for each leaf and overall, as any logger takes them.
+    r"""Returns a few numbers on a step, for each leaf and overall, in a form that any logger takes.
 
-    | name | what it is |
+    | name | meaning |
     |---|---|
     | `update_rms` | root mean square of the update, in units of the parameters |
     | `param_rms` | root mean square of the parameters before the step |
     | `update_to_param` | their ratio; 0 where parameters are all 0 |
-    | `signal_to_noise` | root mean square of the ratio m^ / sqrt(v^) |
+    | `signal_to_noise` | root mean square of the ratio $\hat m / \sqrt{\hat v}$ |
     | `near_bound` | share of the coordinates whose ratio is more than half of its bound |
-    | `nu_at_smallest` | share of nu at the smallest value its format has: code 0 in int8, else 0 |
-    | `remainder_use` | how much of the bits that `master_weights` keeps is in use, from 0 to 1 |
+    | `nu_at_smallest` | share of nu at the smallest value of its format: code 0 in int8, else 0 |
+    | `remainder_use` | how much of the remainder's range `master_weights` uses, from 0 to 1 |
 
-    A name alone is the key of a statistic over all elements of all leaves; for one leaf the key
-    is `name/path`, with `/` between the parts of the leaf's path as well.
+    A name alone is the key of a statistic over all elements of all leaves. For one leaf the key is
+    `name/path`, with `/` between the parts of the leaf's path as well.
 
     The ratio is a signal-to-noise ratio (section 2.1 of
     [Kingma and Ba, 2015](https://arxiv.org/abs/1412.6980)): 1 where gradients agree, and
-    sqrt((1 - b1) / (1 + b1)), by default 0.23, where they are noise. By Cauchy and Schwarz,
+    $\sqrt{(1 - \beta_1) / (1 + \beta_1)}$, by default 0.23, where they are noise. By Cauchy and
+    Schwarz, with $r = \beta_1^2 / \beta_2$,
 
-        |m^| / sqrt(v^) <= (1 - b1) sqrt((1 + r + ... + r^(t-1)) / (1 - b2)) c
-        r = b1^2 / b2,    c = sqrt(1 - b2^t) / (1 - b1^t)
+    $$\frac{|\hat m|}{\sqrt{\hat v}} \le (1 - \beta_1)
+    \sqrt{\frac{1 + r + \dots + r^{t-1}}{1 - \beta_2}}
+    \cdot \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}$$
 
-    which with the defaults is 1 at the first step, where every coordinate is at its bound, and
-    7.27 in the long run. Before a first step, as under `optax.MultiSteps`, the ratio is 0. Moments
-    in bfloat16 and int8 are read as a step reads them. The use of the remainders is their root
-    mean square, over that of uniform ones, and 1 at most.
+    With the defaults the bound is 1 at the first step, where every coordinate attains it, and 7.27
+    in the long run. Before a first step, as under `optax.MultiSteps`, the ratio is 0. Moments in
+    bfloat16 and int8 are read as a step reads them. `remainder_use` is the root mean square of the
+    remainders divided by that of uniformly distributed ones, and at most 1.
 
-    It is one more pass over arrays that a step has at hand: to be called in the jitted step.
+    Call it inside the jitted step: it makes one more pass over arrays that the step uses anyway.
 
     Args:
-        updates: what `update` returned. A leaf that is None is left out.
+        updates: the updates that `update` returned. A leaf that is None is left out.
         state: the state that `update` returned, with states of `scale_by_adam`,
-            `scale_by_amsgrad` or `scale_by_adamax` in it, at any depth. A leaf that none of them
-            has, because it is masked, lacks the statistics that need moments.
+            `scale_by_amsgrad` or `scale_by_adamax` in it, at any depth. A masked leaf, which none
+            of them has, lacks the statistics that need moments.
         params: the parameters that `update` was given, those before the step.
-        b1: as the optimizer has it. Like `b2`, it is needed for the bias corrections.
-        b2: as the optimizer has it.
-        infinity_norm: True for AdaMax, whose nu is u: the ratio is m^ / u, and its bound
-            b2 (1 - b1) / (b2 - b1) in the long run.
-        old_state: the state before the step. With it updates and parameters are those of the
-            float32 weights that `master_weights` trains. Without it they are those of the
-            parameters as stored, and since these move by whole ulps, if at all, the root mean
-            square of steps shorter than that is too large.
+        b1: the optimizer's $\beta_1$, in [0, 1), for the bias correction.
+        b2: the optimizer's $\beta_2$, in [0, 1), likewise.
+        infinity_norm: True for AdaMax, whose nu holds $u$. The ratio is then $\hat m / u$, and its
+            bound $\beta_2 (1 - \beta_1) / (\beta_2 - \beta_1)$ in the long run.
+        old_state: the state before the step. If it is given, updates and parameters are those of
+            the float32 weights that `master_weights` trains. Without it they are those of the
+            stored parameters. These move by whole ulps or not at all, so the root mean square of
+            steps shorter than an ulp comes out too large.
 
     Returns:
         A dict of float32 scalars, shape ().
 
     Raises:
-        ValueError: for a `b1` or `b2` outside [0, 1), for a state without moments, and for
-            updates with another structure than the parameters, naming the path.
+        ValueError: for a `b1` or `b2` outside [0, 1), for a state without moments, and for updates
+            with another structure than the parameters, naming the path.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp
@@ -135,14 +137,14 @@ def step_statistics(
 
 
 class _Ratio(NamedTuple):
-    """What turns m / sqrt(v), or AdaMax's m / u, into the ratio, and the bound of that."""
+    """Turns m / sqrt(v), or AdaMax's m / u, into the ratio, and bounds it."""
 
     correction: RealLeaf
     bound: RealLeaf
 
 
 class _Kept(NamedTuple):
-    """What is kept for a leaf besides the parameter; None where there is no such thing."""
+    """What the state has for a leaf; None for whatever it lacks."""
 
     moments: Stored | None
     ratio: _Ratio | None
@@ -152,7 +154,7 @@ class _Kept(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _ratio(count: jax.Array, b1: Decay, b2: Decay, infinity_norm: bool) -> _Ratio:
-    t = jnp.maximum(count, 1).astype(float)  # before the first step moments are 0
+    t = jnp.maximum(count, 1).astype(float)  # before the first step the moments are 0 anyway
     b2_or_tiny = jnp.maximum(b2.b, jnp.finfo(t.dtype).tiny)
     correction = 1 / bias_correction(b1, t)
     if infinity_norm:
@@ -165,13 +167,13 @@ def _ratio(count: jax.Array, b1: Decay, b2: Decay, infinity_norm: bool) -> _Rati
 
 
 def _geometric_sum(r: RealLeaf, t: RealLeaf) -> RealLeaf:
-    """1 + r + ... + r^(t-1)."""
-    log_r = jnp.log(jnp.minimum(r, 1e30))  # from t = 2 on it makes no difference: infinity
+    """Returns 1 + r + ... + r^(t-1)."""
+    log_r = jnp.log(jnp.minimum(r, 1e30))  # beyond that the sum is infinite from t = 2 on
     return jnp.where(r == 1, t, jnp.expm1(t * log_r) / jnp.where(r == 1, 1, jnp.expm1(log_r)))
 
 
 def _name(path: KeyPath, boxed_path: KeyPath) -> str:
-    """Returns a leaf's path as text, without what leads into a box of Flax's."""
+    """Returns a leaf's path as text, without the key of a Flax box around the leaf."""
     in_box = boxed_path[-1:] == (jax.tree_util.GetAttrKey("value"),)
     return jax.tree_util.keystr(path if in_box else boxed_path, simple=True, separator="/")
 
@@ -181,7 +183,7 @@ def _leaves(tree: Any) -> dict[KeyPath, Any]:
 
 
 def _moments(state: Any) -> dict[KeyPath, Stored]:
-    """Each leaf's mu and nu, by its path: masked leaves have none."""
+    """Returns each leaf's mu and nu, by its path. Masked leaves have none."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.mu)]
     leaves = leaves_of(state, state.mu, is_leaf=None)
     return dict(zip(paths, leaves, strict=True))
@@ -196,14 +198,14 @@ def _remainders(state: Any) -> dict[KeyPath, Any]:
 def _leaf_means(
     update: Leaf, param: Leaf, kept: _Kept, infinity_norm: bool, of_masters: bool
 ) -> dict[str, jax.Array]:
-    """The means over one leaf that the statistics are made of, in float32."""
+    """Returns the means over one leaf that make up the statistics, in float32."""
     terms: dict[str, jax.Array] = {}
     if is_low(param) and (of_masters or kept.remainder is not None):
         with jax.numpy_dtype_promotion("standard"):
             new_param = optax.apply_updates(param, update)
         master = master_leaf(new_param, kept.remainder)
         if kept.remainder is not None:
-            # Whatever its format, as 16 bits of an ulp: uniform ones are from -1/2 to 1/2 of it.
+            # As 16 bits of an ulp, whatever its format. Uniform ones are from -1/2 to 1/2 ulp.
             _, remainder = split(master, param.dtype, width=16)
             terms["remainder_use"] = 12 * jnp.square(remainder.astype(jnp.float32) * 2.0**-16)
         if of_masters:
@@ -234,6 +236,6 @@ def _finished(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
     if means:
         update, param = statistics["update_rms"], statistics["param_rms"]
         statistics["update_to_param"] = jnp.where(param == 0, 0, update / param)
-    if "remainder_use" in means:  # of remainders that are no uniform ones it may be sqrt(3)
+    if "remainder_use" in means:  # up to sqrt(3) for remainders that are not uniform
         statistics["remainder_use"] = jnp.minimum(statistics["remainder_use"], 1)
     return statistics

@@ -1,4 +1,4 @@
-"""Storage formats by name: what a state consists of before its first step."""
+"""Defines storage formats by name, and the state of a leaf before its first step."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from adam_jax._moments import arithmetic_dtype, real_dtype
 from adam_jax._types import StorageFormat, StorageFormats, is_none
 
 FORMATS = ("float32", "bfloat16", "int8")
-SMALLEST_INT8_LEAF = 4096  # elements; smaller leaves, and those with
-SHORTEST_INT8_ROW = 32  # shorter rows, are not worth a scale for each row
+SMALLEST_INT8_LEAF = 4096  # elements; smaller leaves, and leaves with
+SHORTEST_INT8_ROW = 32  # shorter rows, do not justify a scale for each row
 MAXIMUM = (
     "is a maximum over time, and a maximum of stochastically rounded numbers keeps the largest "
     "rounding error, so that steps would be too short for good"
@@ -26,17 +26,17 @@ MAXIMUM = (
 class Int8Moment(NamedTuple):
     """nu of an optimizer that stores moments in int8: three trees.
 
-    Each row of a leaf (its last axis) has a scale, in which its codes of nu count, and a unit, in
-    which those of mu do. `adam_jax.convert_state` turns them into numbers. A leaf whose nu is not
-    in codes, because it is smaller than 4096 elements, has a last axis shorter than 32 or was not
-    meant to be, has nu itself in `codes`.
+    Each row of a leaf (its last axis) has a scale, the unit of its codes of nu, and another unit
+    for its codes of mu. `adam_jax.convert_state` converts them to numbers. A leaf whose nu is not
+    coded, because it has fewer than 4096 elements, a last axis shorter than 32 or another format,
+    stores nu itself in `codes`.
 
     Attributes:
         codes: uint8, shaped like the parameter; or nu itself.
-        scales: float32, (..., 1): for each row, the same average as nu, of its largest |g|^2;
-            of shape () if nu is not in codes.
+        scales: float32, (..., 1): for each row, the same average as nu, of its largest $|g|^2$;
+            of shape () if nu is not coded.
         units: float32, (..., 1), with a checksum of scale and unit in the lowest 12 bits; of shape
-            () if neither moment is in codes.
+            () if neither moment is coded.
     """
 
     codes: Any
@@ -50,7 +50,7 @@ def storage_formats(
     """Returns the names of the formats in the argument `name`, a tree prefix of the parameters.
 
     None, the default, is float32, and float64 where the parameter is float64 or complex128.
-    `not_int8` says why the moment can't be stored in int8, if it can't.
+    `not_int8` is the reason if the moment cannot be stored in int8.
     """
 
     def named(requested: StorageFormat) -> str | None:
@@ -73,7 +73,7 @@ def storage_formats(
 
 
 def fits_int8(shape: tuple[int, ...]) -> bool:
-    """Whether a leaf of this shape is stored in int8 where that was asked for."""
+    """Returns whether a leaf of this shape is stored in int8 if the user requests int8."""
     return shape[-1:] >= (SHORTEST_INT8_ROW,) and math.prod(shape) >= SMALLEST_INT8_LEAF
 
 
@@ -91,7 +91,7 @@ def stored_dtype(
 
 
 def stores(moment: Any, format: str | None, *, code: DTypeLike) -> bool:
-    """Whether a moment is stored as this format has it.
+    """Returns whether a moment is stored in this format.
 
     Codes may be those of a few rows, or of one layer, of a leaf that is large enough.
     """
@@ -121,7 +121,7 @@ def initial(param: ArrayLike, mu: str | None, nu: str | None, others: int = 0) -
 
 
 def zeros_along(param: Any, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Returns zeros for the first axes of a parameter, where these are; other axes have size 1."""
+    """Returns zeros sharded like the first axes of a parameter; other axes have size 1."""
     sharding = param.sharding if _is_concrete(param) else jax.typeof(param).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return jnp.zeros(shape, dtype)
@@ -134,6 +134,6 @@ def zeros_along(param: Any, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arr
 
 
 def _is_concrete(param: Any) -> bool:
-    """Whether a parameter, or what stands for it, is no tracer and tells its own sharding."""
+    """Returns whether a parameter, or its `jax.ShapeDtypeStruct`, has a sharding of its own."""
     known = isinstance(param, jax.Array | jax.ShapeDtypeStruct)
     return known and not isinstance(param, Tracer)

@@ -1,4 +1,4 @@
-"""Moving a running training in from torch, and out to it."""
+"""Converts optimizer state from torch and to torch, to continue a training run."""
 
 import functools
 import operator
@@ -28,30 +28,31 @@ ToParams = Callable[[Arrays], optax.Params]
 def from_torch(
     torch_state: Mapping[str, Any], torch_params: Mapping[str, Any], to_params: ToParams, state: Any
 ) -> Any:
-    """The state from which a training that began in torch continues here.
+    """Returns the state with which a training run that began in torch continues here.
 
-    `to_params` is the function that makes the JAX model's parameters of the torch model's weights:
-    it takes a dict of arrays by name and returns them renamed, transposed, reshaped, split or
-    joined, as the tree of parameters. It does the same to the moments.
+    `to_params` makes the JAX model's parameters from the torch model's weights: it takes a dict of
+    arrays by name and returns them renamed, transposed, reshaped, split or joined, as the tree of
+    parameters. `from_torch` applies it to the moments too.
 
     | in torch | here |
     |---|---|
     | `step` | `count`, of schedules too |
     | `exp_avg` | `mu` |
     | `exp_avg_sq`, Adamax: `exp_inf` | `nu` |
-    | `max_exp_avg_sq` | `nu_max`, as `amsgrad(maximum="raw")` has it |
+    | `max_exp_avg_sq` | `nu_max`, as in `amsgrad(maximum="raw")` |
 
-    Hyperparameters are arguments of the optimizer here; the groups' are not looked at. A parameter
-    that never had a gradient has no state in torch, and here moments of 0. torch's NAdam warms b1
-    up, ours does not: they are the same with a large `momentum_decay`, and after a long time.
+    Pass the hyperparameters to the optimizer here; those of torch's groups are ignored. A parameter
+    that never had a gradient has no state in torch, and gets moments of 0 here. torch's NAdam warms
+    b1 up and ours does not: the two agree with a large `momentum_decay`, and after many steps.
 
     Args:
-        torch_state: what `state_dict()` of torch's Adam, AdamW, NAdam or Adamax returned, with
-            `amsgrad` or without. Arrays may stand for tensors, numbers for steps.
+        torch_state: the `state_dict()` of torch's Adam, AdamW, NAdam or Adamax, with or without
+            `amsgrad`. Arrays may replace tensors, and numbers may replace steps.
         torch_params: torch's parameters by name, in the order in which its optimizer got them, one
-            group after the other: `dict(model.named_parameters())`. Only shapes are looked at.
-        to_params: see above; of methods of arrays and functions of `jax.numpy`.
-        state: what `init` returned, with states of `scale_by_adam`, `scale_by_amsgrad` or
+            group after the other: `dict(model.named_parameters())`. Only their shapes matter.
+        to_params: the function described above, made of methods of arrays and functions of
+            `jax.numpy`.
+        state: the state that `init` returned, with states of `scale_by_adam`, `scale_by_amsgrad` or
             `scale_by_adamax` in it, at any depth, in any storage format. Several of them may share
             the parameters, as under `optax.multi_transform`.
 
@@ -59,9 +60,9 @@ def from_torch(
         The state with torch's moments and counts in it.
 
     Raises:
-        ValueError: where names, shapes or steps do not fit, or the optimizers are not the same;
-            if no step has been made in torch.
-        TypeError: for complex parameters, which torch takes for two real ones each.
+        ValueError: where names, shapes or steps do not fit, if the optimizers differ, or if torch's
+            optimizer has made no step.
+        TypeError: for complex parameters, each of which is two real ones to torch.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp, numpy as np
@@ -80,7 +81,7 @@ def from_torch(
     entries = {name: torch_state["state"].get(slot.key, {}) for name, slot in slots.items()}
     steps = {name: int(entry.get("step", 0)) for name, entry in entries.items()}
     if not any(steps.values()):
-        raise ValueError("torch's optimizer has made no step: start from the state of init.")
+        raise ValueError("torch's optimizer has made no step: start with the state of init.")
     shapes = {name: np.shape(param) for name, param in torch_params.items()}
 
     def array(name: str, torch_field: str) -> jax.Array:
@@ -88,11 +89,15 @@ def from_torch(
             return jnp.zeros(shapes[name])
         if torch_field not in entries[name]:
             raise ValueError(
-                f"torch_state has no {torch_field} for {name!r}, but {', '.join(entries[name])}."
+                f"torch_state has no {torch_field} for {name!r}, but {', '.join(entries[name])}. "
+                "Pass the state_dict() of the torch optimizer that this one continues."
             )
         array = _array(entries[name][torch_field])
         if jnp.iscomplexobj(array):
-            raise TypeError(f"{name!r} is complex, which torch takes for two real parameters.")
+            raise TypeError(
+                f"{name!r} is complex, and torch's optimizers treat a complex parameter as two "
+                "real ones, which have no counterpart here. Start with the state of init."
+            )
         if array.shape != shapes[name]:
             raise ValueError(
                 f"{torch_field} of {name!r} has shape {array.shape}, but the parameter has "
@@ -126,32 +131,35 @@ def to_torch(
     *,
     maximum: Maximum | None = None,
 ) -> dict[str, Any]:
-    """The `state_dict()` with which a training that ran here continues in torch.
+    r"""Returns the `state_dict()` with which a training run that began here continues in torch.
 
-    The inverse of `from_torch`, with the same `to_params`, which `jax.linear_transpose` turns
-    round. So it does for the weights: `jax.linear_transpose(to_params, weights)(params)`, where
-    `weights` are arrays with torch's names and shapes.
+    This is the inverse of `from_torch`, with the same `to_params`, which `jax.linear_transpose`
+    inverts. Convert the weights the same way: `jax.linear_transpose(to_params, weights)(params)`,
+    where `weights` are arrays with torch's names and shapes.
 
     Args:
         state: an optimizer state with states of `scale_by_adam`, `scale_by_amsgrad` or
             `scale_by_adamax` in it, at any depth, in any storage format.
-        torch_state: what `state_dict()` of the torch optimizer returns that is to go on. Its
-            groups are taken over; it need not have made a step.
-        torch_params: as in `from_torch`. If they are tensors, so is what is returned.
-        to_params: as in `from_torch`. It has to use each element of each parameter once.
-        maximum: as `amsgrad` has it. torch's is the raw one. A corrected one, such as optax's, is
-            multiplied by 1 - b2^t, which makes torch's next step as long as ours; later ones may be
-            longer, up to (1 - b2^t)^(-1/2) times. Numbers mostly tell which of the two it is: this
-            is needed where an error asks for it.
+        torch_state: the `state_dict()` of the torch optimizer that is to continue, with or without
+            steps. Its groups are kept.
+        torch_params: torch's parameters by name, in the order in which its optimizer got them. If
+            they are tensors, the result has tensors.
+        to_params: the function of `from_torch` from torch's weights to the parameters here. It must
+            use each element of each weight once.
+        maximum: `"raw"` or `"corrected"`, as in the `amsgrad` that made the state. torch's maximum
+            is the raw one. A corrected maximum, such as optax's, is multiplied by $1 - \beta_2^t$.
+            That makes torch's next step as long as ours; later ones may be up to
+            $(1 - \beta_2^t)^{-1/2}$ times as long. The numbers mostly tell which of the two it is:
+            pass this only if an error asks for it.
 
     Returns:
-        What `load_state_dict` takes, with moments in the parameters' dtypes. Parameters without
-        a step have no entry.
+        A dict for `load_state_dict`, with moments in the parameters' dtypes. Parameters without a
+        step have no entry.
 
     Raises:
-        ValueError: where names or shapes do not fit, or the optimizers are not the same; if
-            `to_params` leaves an element out or uses it twice, or does arithmetic; where AMSGrad's
-            maximum may be either.
+        ValueError: where names or shapes do not fit, or if the optimizers differ; if `to_params`
+            leaves an element out, uses it twice, or does arithmetic; if AMSGrad's maximum may be
+            either of the two.
 
     Examples:
         >>> import adam_jax, jax.numpy as jnp, numpy as np
@@ -183,8 +191,8 @@ def to_torch(
     for name, times in uses.items():
         if not np.all(times == 1):
             raise ValueError(
-                f"to_params must use each element of {name!r} once, and it uses some of them "
-                f"{times.min():g} and some {times.max():g} times. Only then there is a way back."
+                f"to_params must use each element of {name!r} once to have an inverse, but it uses "
+                f"some of them {times.min():g} and some {times.max():g} times."
             )
 
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), like)
@@ -193,7 +201,7 @@ def to_torch(
         return transpose(jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), params, like))[0]
 
     def named(tree_of: Callable[[Any], Any]) -> dict[str, Any]:
-        """By torch's names, what each state has for the leaves that are its own."""
+        """Returns, by torch's names, a tree that each state has for its own leaves."""
         parts = [
             jax.tree.map(
                 lambda leaf, zero: zero if is_masked(leaf) else np.asarray(leaf),
@@ -235,31 +243,32 @@ def to_torch(
 def _is_raw(
     maximum: Maximum | None, moments: dict[str, Arrays], corrections: dict[str, float], state: Any
 ) -> bool:
-    """Whether AMSGrad's maximum is of v, and not of v / (1 - b2^t).
+    """Returns whether AMSGrad's maximum is of v, and not of v / (1 - b2^t).
 
-    A corrected one is never less than the present v / (1 - b2^t). A raw one is v where v is at its
-    largest.
+    A corrected maximum is never less than the present v / (1 - b2^t). A raw one equals v where v is
+    at its largest.
     """
     if maximum is not None:
         return maximum == "raw"
     dtypes = {x.dtype for x in jax.tree.leaves([x.nu_max for x in states_with_moments(state)])}
-    tolerance = 2.0**-6 if np.dtype(jnp.bfloat16) in dtypes else 1e-5  # twice what rounding is off
+    tolerance = 2.0**-6 if np.dtype(jnp.bfloat16) in dtypes else 1e-5  # twice the rounding error
     corrected = {name: moments["nu"][name] / c for name, c in corrections.items()}
     if any(
         np.any(moments["nu_max"][name] < (1 - tolerance) * x) for name, x in corrected.items()
     ) or all(c > 1 - tolerance for c in corrections.values()):
         return True
     raise ValueError(
-        "AMSGrad's maximum may be the raw one, as in torch, or the corrected one. Say which the "
-        "optimizer has: to_torch(..., maximum='raw') or to_torch(..., maximum='corrected')."
+        "AMSGrad's maximum may be the raw one, as in torch, or the corrected one. Pass the one "
+        "that the optimizer uses: to_torch(..., maximum='raw') or to_torch(..., "
+        "maximum='corrected')."
     )
 
 
 def _moved(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Returns what a function that moves elements makes of a tree, with the numbers as they are.
+    """Returns the result of a function that moves the elements of a tree, with unchanged numbers.
 
-    It may cast them too, as parameters are cast to bfloat16. So it is given their bytes, one after
-    the other, which are numbers that every dtype holds.
+    The function may also cast, as parameters are cast to bfloat16. So it gets the bytes of the
+    numbers, one after the other, as numbers that every dtype holds.
     """
     arrays = jax.tree.map(np.asarray, tree)
     dtype = np.result_type(*jax.tree.leaves(arrays))
@@ -269,8 +278,8 @@ def _moved(function: Callable[[Any], Any], tree: Any) -> Any:
         words = numbers.astype(np.uint8)
         if np.any(words != numbers):
             raise ValueError(
-                "to_params does arithmetic. It may rename, transpose, reshape, split, join and "
-                "cast weights, since what it does to them is done to their moments."
+                "to_params does arithmetic. It may only rename, transpose, reshape, split, join "
+                "and cast weights, because it is applied to their moments too."
             )
         return words
 
@@ -287,7 +296,7 @@ def _moved(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class _Slot(NamedTuple):
-    """Where torch keeps what belongs to a parameter."""
+    """The place where torch keeps the state of a parameter."""
 
     key: Any  # of its state: a number, or its name
     group: Mapping[str, Any]
@@ -297,19 +306,19 @@ class _Slot(NamedTuple):
 def _slots(
     torch_state: Mapping[str, Any], torch_params: Mapping[str, Any], states: list[Any]
 ) -> dict[str, _Slot]:
-    """The slot of each of torch's parameters, by name, in the order of `torch_params`."""
+    """Returns the slot of each of torch's parameters, by name, in the order of `torch_params`."""
     groups = torch_state["param_groups"]
     keys = [(key, group) for group in groups for key in group["params"]]
-    # A state whose keys are names is one of torch.distributed; since torch 2.6 a group may have
-    # names beside the keys. Otherwise there is only the order.
+    # torch.distributed makes states whose keys are names. Since torch 2.6 a group may have names
+    # as well as keys. Otherwise only the order connects keys and names.
     names = [name for group in groups for name in group.get("param_names", group["params"])]
     if not all(isinstance(name, str) for name in names):
         names = list(torch_params)
     if len(names) != len(keys) or set(names) != set(torch_params):
         raise ValueError(
-            f"torch's optimizer has {len(keys)} parameters, {', '.join(map(str, names[:3]))} and "
-            f"so on, and torch_params {len(torch_params)}, {', '.join(list(torch_params)[:3])} and "
-            "so on. They must be the same."
+            f"torch's optimizer has {len(keys)} parameters ({', '.join(map(str, names[:3]))}, "
+            f"...), but torch_params has {len(torch_params)} ({', '.join(list(torch_params)[:3])}, "
+            "...). They must be the same."
         )
     slots = {}
     for name, (key, group) in zip(names, keys, strict=True):
@@ -317,9 +326,9 @@ def _slots(
         for x in states:
             if fields.keys() != set(_fields(x)):
                 raise ValueError(
-                    f"torch's optimizer has {', '.join(fields.values())} for {name!r}, and a "
-                    f"{type(x).__name__} here has {', '.join(_fields(x))}. AMSGrad goes on as "
-                    "AMSGrad alone, and nothing else does."
+                    f"torch's optimizer has {', '.join(fields.values())} for {name!r}, but the "
+                    f"{type(x).__name__} here has {', '.join(_fields(x))}. Only AMSGrad can "
+                    "continue AMSGrad, and it can continue nothing else."
                 )
     return {name: slots[name] for name in torch_params}
 
@@ -331,7 +340,7 @@ def _torch_fields(group: Mapping[str, Any]) -> dict[str, str]:
     if {"betas", "weight_decay"} <= group.keys() and "decoupled_weight_decay" not in group:
         return fields | {"nu": "exp_inf"}  # Adamax
     raise ValueError(
-        "expected a state of torch's Adam, AdamW, NAdam or Adamax, but its groups have "
+        "torch_state must be that of torch's Adam, AdamW, NAdam or Adamax, but its groups have "
         f"{', '.join(group)}."
     )
 
@@ -341,7 +350,7 @@ def _fields(state: Any) -> list[str]:
 
 
 def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
-    """A state with these numbers in its formats, and the one count that its leaves have."""
+    """Returns a state with these numbers in its formats, and with the count of all its leaves."""
     paths, treedef = jax.tree.flatten_with_path(state.mu, is_leaf=is_masked)
 
     def leaves(tree: Any) -> list[Any]:
@@ -355,13 +364,14 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
     steps = {}
     for (path, leaf), count in zip(paths, leaves(counts), strict=True):
         if not is_masked(leaf):
-            # One parameter here may be made of several of torch's. Without a step they fit any.
+            # One parameter here may come from several of torch's. Those without a step fit any
+            # count.
             steps |= {int(step): path for step in np.unique(count) if step}
     if len(steps) > 1:
         made = " and ".join(f"{n} steps at {keystr(path)}" for n, path in steps.items())
         raise ValueError(
-            f"torch has made {made}, but a state has one count. Give parameters that differ in it "
-            "an optimizer each, with optax.multi_transform."
+            f"torch has made {made}, but a state has one count. Give parameters with different "
+            "counts different optimizers, with optax.multi_transform."
         )
 
     stored = leaves_of(state, state.mu, is_masked)
@@ -374,8 +384,8 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
             for field, x in zip(_fields(state), numbers, strict=True):
                 if np.shape(x) != like.mu.shape:
                     raise ValueError(
-                        f"to_params gives {keystr(path)} the shape {np.shape(x)}, and state."
-                        f"{field} there has {like.mu.shape}. Is it to be transposed?"
+                        f"to_params gives {keystr(path)} the shape {np.shape(x)}, but state."
+                        f"{field} there has {like.mu.shape}. Does to_params have to transpose it?"
                     )
             dtype = codec_of(like).arithmetic_dtype(np.float32)
             numbers = cast(Moments, tuple(x.astype(dtype) for x in numbers))
@@ -388,7 +398,7 @@ def _filled(state: Any, trees: dict[str, Any], counts: Any) -> Any:
 
 
 def _is_count(x: Any) -> bool:
-    """Whether this is the state of a schedule: a count of steps and nothing else."""
+    """Returns whether this is the state of a schedule: a count of steps and nothing else."""
     return getattr(x, "_fields", None) == ("count",)
 
 
@@ -397,13 +407,13 @@ def _count(step: int) -> jax.Array:
 
 
 def _mu_product(group: Mapping[str, Any], step: int) -> float:
-    """The product of NAdam's b1, which torch warms up, over all steps."""
+    """Returns the product of NAdam's b1, which torch warms up, over all steps."""
     b1, _ = group["betas"]
     t = np.arange(1, step + 1)
     return float(np.prod(b1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"]))))
 
 
-# torch need not be here: what is said to a tensor is said by its methods.
+# These functions use only methods of tensors, and work without importing torch.
 
 
 def _array(x: Any) -> jax.Array:
@@ -414,14 +424,14 @@ def _array(x: Any) -> jax.Array:
 
 
 def _like(param: Any, x: jax.Array) -> Any:
-    """An array as a tensor of the parameter's dtype and device, if the parameter is a tensor."""
+    """Returns an array as a tensor of the parameter's dtype and device, if that is a tensor."""
     if hasattr(param, "detach"):
         return param.detach().new_tensor(np.array(x))
     return np.array(x, param.dtype)
 
 
 def _number(param: Any, x: float) -> Any:
-    """A number on the CPU, where torch keeps it, in float32 or, beside double, in double."""
+    """Returns a number on the CPU, where torch keeps it, in float32 or, for float64, in float64."""
     if hasattr(param, "detach"):
         zero = param.detach().new_zeros((), device="cpu")
         return (zero.float() if zero.element_size() < 8 else zero) + x

@@ -326,7 +326,25 @@ def test_a_wrong_value_is_one_line(arguments, message, end_of):
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
-    "name", ["_adam", "_convert", "_master_weights", "_memory", "_offload", "_sharding"]
+    "name",
+    [
+        "_accumulation",
+        "_adam",
+        "_adamax",
+        "_amsgrad",
+        "_averaging",
+        "_clipping",
+        "_convert",
+        "_landing",
+        "_master_weights",
+        "_memory",
+        "_offload",
+        "_release",
+        "_row_sparse",
+        "_sharding",
+        "_statistics",
+        "_torch",
+    ],
 )
 def test_docstrings(name):
     results = doctest.testmod(importlib.import_module(f"adam_jax.{name}"))
