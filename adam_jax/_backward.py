@@ -1,4 +1,4 @@
-"""The backward pass of a loss whose layers are stacked: each layer's gradients go to a consumer."""
+"""Runs the backward pass of a loss with stacked layers; a consumer gets each layer's gradients."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -20,7 +20,7 @@ _trace_state = getattr(core, "get_opaque_trace_state", None) or jax.core.get_opa
 
 
 class Backward:
-    """Differentiates a loss, whose parameters `stacked` marks where they are stacked over layers.
+    """Differentiates a loss, some of whose parameters are stacked over layers.
 
     Attributes:
         rest: the places of the leaves that are not stacked.
@@ -40,9 +40,9 @@ class Backward:
     def __call__(
         self, consumer: Callable[[list[int]], Consumer], *args: Any, **kwargs: Any
     ) -> tuple[Any, Leaves]:
-        """Returns the loss, and the gradients of leaves that are not stacked.
+        """Returns the loss, and the gradients of the leaves that are not stacked.
 
-        `consumer` gets the places of the stacks of one scan, and returns what becomes of their
+        `consumer` gets the places of the stacks of one scan, and returns the consumer of their
         gradients.
         """
         scans = _Scans(self._paths, self._leaves, self._stacked, consumer)
@@ -84,7 +84,7 @@ def _check_stacked(paths: Sequence[str], leaves: Leaves, stacked: Sequence[Any])
 
 
 class _Scans:
-    """The scans of one backward pass: which parameters went through one, and whether all did."""
+    """The scans of one backward pass, which records the parameters that went through a scan."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class _Scans:
         self._trace: Any = None
 
     def begin(self, tick: jax.Array) -> dict[int, Any]:
-        """Returns the stacks to give to the loss, which must not be differentiated elsewhere."""
+        """Returns the stacks for the loss, guarded against differentiation outside of a scan."""
         self._tick = tick
         self._trace = _trace_state()
         self._guarded = {
@@ -123,7 +123,7 @@ class _Scans:
         reverse: bool = False,
         unroll: int | bool = 1,
     ) -> tuple[Any, Any]:
-        """Like `jax.lax.scan`, but hands on the gradients of stacks among the leaves of xs."""
+        """Calls `jax.lax.scan`, or a scan that passes on the gradients of the stacks among xs."""
         places = {id(x): i for i, x in self._guarded.items()}
         leaves, tree = jax.tree.flatten(xs)
         found = [places.get(id(x)) for x in leaves]
@@ -167,24 +167,24 @@ class _Scans:
                 )
 
     def check(self) -> None:
-        """Raises ValueError unless each stack had its gradients consumed."""
+        """Raises ValueError unless the gradients of each stack were consumed."""
         for i, path in enumerate(self._paths):
             if self._stacked[i] and i not in self._scanned:
                 raise ValueError(
-                    f"parameter {path} is marked in layers but is not among the xs of scan as it "
-                    "is. Scan over it in the loss, with the function scan that it is given, and "
-                    "cast or reshape a layer inside the scan's body; or pass False for it."
+                    f"parameter {path} is marked in layers but is not among the xs of scan "
+                    "unchanged. Scan over it in the loss, with the loss's argument scan, and cast "
+                    "or reshape a layer inside the scan's body; or pass False for it."
                 )
             if self._stacked[i] and i not in self._consumed:
                 raise ValueError(
-                    f"the loss does not depend on what scan returns for parameter {path}, which "
-                    "has no gradient then. Pass False for it in layers."
+                    f"the loss does not depend on the results of scan over parameter {path}, which "
+                    "therefore has no gradient. Pass False for it in layers."
                 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _guarded(path: str, leaf: jax.Array, tick: jax.Array) -> jax.Array:
-    """Returns the leaf, which needs a gradient since `tick` is differentiated."""
+    """Returns the leaf, which needs a gradient because `tick` is differentiated."""
     return leaf
 
 
@@ -194,9 +194,9 @@ def _guard_forward(path: str, leaf: jax.Array, tick: jax.Array) -> tuple[jax.Arr
 
 def _guard_backward(path: str, residuals: None, cotangent: Any) -> Any:
     raise ValueError(
-        f"parameter {path} is marked in layers, and the loss needs a gradient of it outside of the "
-        "scan over it. Cast or reshape a layer inside the scan's body; of what needs no gradient "
-        "take jax.lax.stop_gradient. Or pass False for it in layers."
+        f"parameter {path} is marked in layers, but the loss needs a gradient of it outside of the "
+        "scan over it. Cast or reshape a layer inside the scan's body, and use "
+        "jax.lax.stop_gradient where no gradient is needed. Or pass False for it in layers."
     )
 
 

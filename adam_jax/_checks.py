@@ -1,7 +1,7 @@
-"""What callers can get wrong, found while tracing: hyperparameters, and trees that don't fit.
+"""Finds, while tracing, what callers can get wrong: hyperparameters, and trees that do not fit.
 
 Only concrete numbers are checked. Inside `optax.inject_hyperparams`, `jit` or `vmap` the
-hyperparameters are tracers, and a traced value has no range to compare with.
+hyperparameters are tracers, whose values are not known.
 """
 
 import functools
@@ -26,7 +26,7 @@ def check_decay(name: str, b: Scalar) -> None:
     # `optax.inject_hyperparams` rounds to the parameters' dtype: see `_moments.Decay`.
     dtype = b.dtype if isinstance(b, jax.Array) else np.dtype(np.float32)
     rounded = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    # As a number: under jit, what is compared with an array is a tracer, whatever the array is.
+    # As a number: under jit, comparing with an array gives a tracer, even for a concrete array.
     if _is_concrete(b) and not (0 <= float(b) < 1 or (rounded and float(b) == 1)):
         raise ValueError(f"{name} must be in [0, 1), got {b}.")
 
@@ -39,7 +39,7 @@ def check_not_negative(name: str, value: Scalar) -> None:
 
 
 def check_rate(name: str, rate: Any, types: Collection[type[Any]] = ()) -> None:
-    """Raises unless every leaf is a schedule, a number, or an array or tracer of one.
+    """Raises an error unless every leaf is a schedule, a number, or an array or tracer of one.
 
     `types` are those of the parameters' containers, where parameters are known.
     """
@@ -52,7 +52,7 @@ def check_rate(name: str, rate: Any, types: Collection[type[Any]] = ()) -> None:
 
 
 def check_scheduled(name: str, rates: Any) -> None:
-    """Raises ValueError unless what schedules have returned are scalars."""
+    """Raises ValueError unless the results of schedules are scalars."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(rates):
         _check_shape(f"the schedule {name}{jax.tree_util.keystr(path)}", leaf)
 
@@ -85,8 +85,8 @@ def check_mask(path: Callable[[int], KeyPath], mask: Sequence[Any]) -> None:
     for i, value in enumerate(mask):
         if np.shape(value) != ():
             raise ValueError(
-                f"mask has shape {np.shape(value)} at {keystr(path(i))}. It says of "
-                "whole leaves whether they decay: pass one bool for each."
+                f"mask has shape {np.shape(value)} at {keystr(path(i))}. It selects whole leaves "
+                "to decay: pass one bool for each."
             )
 
 
@@ -107,7 +107,7 @@ def _check_inexact(what: str, path: Callable[[], KeyPath], leaf: Any) -> None:
             "for it."
             if is_array
             else f"{what} {keystr(path())} is a {dtype} and no array. Pass a tree of arrays, with "
-            "None for all else: equinox.filter(model, equinox.is_inexact_array) makes one."
+            "None for everything else: equinox.filter(model, equinox.is_inexact_array) makes one."
         )
 
 
@@ -119,9 +119,9 @@ def check_leaf(
     mu_format: str | None,
     nu_format: str | None,
 ) -> None:
-    """Checks that a gradient leaf and what is stored for it belong to one parameter.
+    """Checks that a gradient leaf and the stored moments belong to one parameter.
 
-    `names` are those of the moments, and the formats are those that the optimizer stores them in.
+    `names` are those of the moments, and the formats are those in which the optimizer stores them.
     """
     _check_inexact("gradient", path, gradient)
     moments = dict(zip(names, (stored.mu, stored.nu, *stored.others), strict=True))
@@ -153,19 +153,19 @@ def check_leaf(
         if rows is not None and (np.shape(rows) != shape or rows.dtype != np.float32):
             raise ValueError(
                 f"state.nu.{name}{jax.tree_util.keystr(path())} has shape {np.shape(rows)} and "
-                f"dtype {_dtype(rows)}, where gradient and codes have one float32 for each row, "
+                f"dtype {_dtype(rows)}, but it must have one float32 for each row of the gradient, "
                 f"shape {shape}. Pass the state of init, or of its checkpoint."
             )
 
 
 def check_moments(path: Callable[[], KeyPath], stored: Stored, names: Sequence[str]) -> None:
-    """Raises TypeError unless each moment of a leaf is in one of the formats."""
+    """Raises TypeError unless each moment of a leaf has the dtype of a storage format."""
     for name, moment in zip(names, (stored.mu, stored.nu, *stored.others), strict=True):
         code = np.int8 if name == "mu" else np.uint8
         if not jnp.issubdtype(moment.dtype, jnp.inexact) and moment.dtype != code:
             raise TypeError(
-                f"state.{name}{jax.tree_util.keystr(path())} has dtype {moment.dtype}, in which "
-                "no moment is stored. Pass the state of init, or of its checkpoint."
+                f"state.{name}{jax.tree_util.keystr(path())} has dtype {moment.dtype}, but no "
+                "storage format has that dtype. Pass the state of init, or of its checkpoint."
             )
 
 
@@ -197,7 +197,7 @@ def _another_format(name: str, dtype: Any, requested: str | None, path: str) -> 
 def check_param(
     path: Callable[[], KeyPath], leaf: Any, param: Any, *, what: str = "gradient"
 ) -> None:
-    """Checks that a gradient leaf, or a leaf of what else, and a parameter belong together."""
+    """Checks that a gradient leaf, or another leaf called `what`, belongs to a parameter."""
     _check_inexact(what, path, leaf)
     if np.shape(leaf) != np.shape(param):
         raise ValueError(
@@ -220,7 +220,7 @@ def check_remainder(
     *,
     low: bool,
 ) -> None:
-    """Checks that a remainder belongs to a parameter, which is `low` if it is in 16 bits."""
+    """Checks that a remainder belongs to a parameter, which is `low` if it has 16 bits."""
     if low and np.shape(remainder) != np.shape(param):
         raise ValueError(
             f"state.remainder{keystr(path())} has shape {np.shape(remainder)}, but the parameter "
@@ -228,7 +228,7 @@ def check_remainder(
         )
     if not low and np.shape(remainder) != ():
         raise TypeError(
-            f"parameter {keystr(path())} is {_dtype(param)}, but state.remainder there is that of "
+            f"parameter {keystr(path())} is {_dtype(param)}, but state.remainder there belongs to "
             "a parameter in 16 bits. Add the updates with optax.apply_updates, which keeps the "
             "parameters' dtype."
         )
@@ -237,7 +237,7 @@ def check_remainder(
 
 
 def another_remainder(requested: str, found: Any, path: str = "") -> ValueError:
-    """Returns the error for a remainder in another format than the optimizer's."""
+    """Returns the error for a remainder that is not in the optimizer's format."""
     found = found or "none"
     return ValueError(
         f"state.remainder{path} is stored in {found}, but this optimizer stores it in {requested}. "
@@ -257,13 +257,13 @@ def check_state(kind: type[Any], state: Any) -> None:
 
 
 def check_states(expected: Any, state: Any) -> None:
-    """Raises TypeError unless a tuple of states has the types that are expected of them."""
+    """Raises TypeError unless a tuple of states has the expected types."""
     names = _type_names(expected)
     if _type_names(state) != names:
         raise TypeError(
-            f"expected the state that init returns, {names}, got {_type_names(state)}. A state "
-            "belongs to one optimizer, with a schedule or without. A checkpoint restored without "
-            "a target loses its types: restore it onto the state from init."
+            f"expected the state that init returns, {names}, got {_type_names(state)}. An "
+            "optimizer with a schedule and one without have different states. A checkpoint "
+            "restored without a target loses its types: restore it onto the state from init."
         )
 
 
@@ -277,7 +277,7 @@ def _type_names(state: Any) -> str:
 
 
 def check_real(path: Callable[[], KeyPath], param: Any, format: str | None) -> None:
-    """Raises TypeError if a parameter is complex: mu would be, and `format` has no such numbers."""
+    """Raises TypeError for a complex parameter if `format`, that of mu, holds real numbers only."""
     if format in ("bfloat16", "int8") and jnp.iscomplexobj(param):
         raise TypeError(
             f"parameter {keystr(path())} has dtype {_dtype(param)}, and mu_dtype={format!r} holds "
@@ -288,7 +288,10 @@ def check_real(path: Callable[[], KeyPath], param: Any, format: str | None) -> N
 def flatten_up_to(
     treedef: Any, like: Any, tree: Any, name: str, *, of: str = "gradients"
 ) -> list[Any]:
-    """The subtree of `tree` at every leaf of a tree like it, or a ValueError with the path."""
+    """Returns the subtree of `tree` at every leaf of `like`.
+
+    Raises ValueError, naming the path, if there is no such subtree.
+    """
     try:
         return treedef.flatten_up_to(tree)
     except ValueError as error:
@@ -303,12 +306,15 @@ def flatten_up_to(
 
 
 def leaf_path(tree: Any, i: int) -> KeyPath:
-    """The path of the i-th leaf, None being one: only errors need it, so only they pay for it."""
+    """Returns the path of the i-th leaf, counting None as a leaf.
+
+    It is computed for errors only, so that no step pays for it.
+    """
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0][i][0]
 
 
 def keystr(path: KeyPath) -> str:
-    """A leaf's path as it would be written to index the tree."""
+    """Returns a leaf's path in the form that indexes the tree."""
     return jax.tree_util.keystr(path) or "(the only leaf)"
 
 

@@ -1,4 +1,4 @@
-"""One leaf's moments, as they are stored and as numbers.
+"""Encodes and decodes one leaf's moments.
 
 Codes of 8 bits come from the bit pattern of a float32 by a few integer operations. As an integer, a
 pattern is a logarithm to base 2 that is linear between powers of two. So a ninth of it is nearly a
@@ -16,14 +16,14 @@ of the value. nu counts in its row's scale s, and mu in q:
     q = unit 2^floor(log2(nu / s) / 2)
     unit = 8.4 sqrt((1 - b1) / (1 + b1)) h(t) sqrt(s)          h(t) = (1 - b1^t) / sqrt(1 - b2^t)
 
-Each row stores its scale and its unit, so that codes mean the same at any count and with any betas.
-n says how fine the codes are: 504 or 252 for nu, 64 or 128 for mu. Division by q is exact, because
-it is a power of two but for the unit, and q is nearly proportional to sqrt(nu). h(t) is by how much
-mu runs ahead of sqrt(nu) in the first steps, and sqrt((1 - b1) / (1 + b1)) how much smaller mu is
-where gradients are noise.
+Each row stores its scale and its unit, so codes mean the same at any count and with any betas.
+n sets how fine the codes are: 504 or 252 for nu, 64 or 128 for mu. q is a power of two times the
+unit, so dividing by q adds no error, and q is nearly proportional to sqrt(nu). h(t) is the factor
+by which mu runs ahead of sqrt(nu) in the first steps, and sqrt((1 - b1) / (1 + b1)) the factor by
+which mu is smaller where gradients are noise.
 
-For n = 504, codes of nu are 1/56 to 1/28 of it apart down to s / 2^9, twice as far down to
-s / 2^18, and so on; the smallest is s / 2^80. Those of mu are q / 2n apart up to q / 4, four times
+For n = 504, codes of nu are 1/56 to 1/28 of nu apart down to s / 2^9, twice as far down to
+s / 2^18, and so on; the smallest is s / 2^80. Codes of mu are q / 2n apart up to q / 4, four times
 as far up to 3/4 q, and so on up to 7.75 q. docs/formats.md proves the bounds.
 """
 
@@ -42,8 +42,8 @@ _ONE = np.uint32(0x3F800000)  # the bit pattern of 1
 _TWO = np.uint32(0x40000000)
 _ROOT = np.uint32(9)
 _ROOT_OF_ONE = _ONE - _ONE // _ROOT  # makes the ninth part of a pattern the pattern of a root
-# The ninth power of its product with the float32 next to 64/63 is 1 to within 1e-7; that of 63/64
-# itself is further off, by which each rounding would be biased.
+# The ninth power of its product with the float32 next to 64/63 is 1 within 1e-7. With 63/64 itself
+# it would be further off, and that difference would bias each rounding.
 _LEVELS = np.nextafter(np.float32(63 / 64), np.float32(0))
 _CHECKSUM = np.uint32(0xFFF)
 
@@ -51,26 +51,26 @@ Moments = tuple[Leaf, RealLeaf, *tuple[RealLeaf, ...]]  # of one leaf: mu, nu an
 
 
 class Rows(NamedTuple):
-    """What the codes of each row count in: float32, shape (..., 1).
+    """The units in which the codes of each row count: float32, shape (..., 1).
 
-    Of shape () where nothing counts in it, and None in a state without codes.
+    They have shape () where nothing counts in them, and are None in a state without codes.
     """
 
-    scale: Any = None  # nu's
-    unit: Any = None  # mu's, with a checksum
+    scale: Any = None  # of nu
+    unit: Any = None  # of mu, with a checksum
 
 
 class Stored(NamedTuple):
-    """One leaf of a state. Its dtypes tell the format. All are None for a parameter None."""
+    """One leaf of a state, whose dtypes tell the format. All are None for a parameter None."""
 
     mu: Any  # Leaf, or int8 codes
     nu: Any  # RealLeaf, or uint8 codes
-    others: tuple[Any, ...] = ()  # as nu
+    others: tuple[Any, ...] = ()  # like nu
     rows: Rows = Rows()
 
 
 class FloatMu(NamedTuple):
-    """mu in a floating dtype. bfloat16 is rounded stochastically, others to nearest."""
+    """mu in a floating dtype: bfloat16, rounded stochastically, or another, rounded to nearest."""
 
     dtype: np.dtype[Any]
 
@@ -81,37 +81,37 @@ class FloatMu(NamedTuple):
     def write(
         self, mu: Leaf, root: RealLeaf, unit: RealLeaf | None, words: Words | None
     ) -> tuple[Leaf, Leaf]:
-        """Returns what is stored, and what `read` makes of it."""
+        """Returns mu as stored, and the result of `read` for it."""
         stored = _rounded(mu, self.dtype, words, signed=True)
         return stored, _widen(stored, mu.dtype)
 
 
 class FloatNu(NamedTuple):
-    """nu in a floating dtype, as `FloatMu`. mu's codes may count in roots of it."""
+    """nu in a floating dtype, like `FloatMu`. mu's codes may count in roots of it."""
 
     dtype: np.dtype[Any]
 
     def read(
         self, stored: RealLeaf, scale: RealLeaf | None, dtype: DTypeLike
     ) -> tuple[RealLeaf, RealLeaf]:
-        """Returns nu, and the power of two below its root; NaN if nu is not finite."""
+        """Returns nu, and the power of two below its root, or NaN if nu is not finite."""
         nu = _not_underflown(_widen(stored, dtype), self.dtype)
         return nu, _finite(nu, _root_of_power(_pattern(nu), nu))
 
     def write(
         self, nu: RealLeaf, scale: RealLeaf | None, words: Words | None
     ) -> tuple[RealLeaf, RealLeaf, RealLeaf]:
-        """Returns what is stored, and what `read` makes of it."""
-        # mu has the upper half of the words.
+        """Returns nu as stored, and the result of `read` for it."""
+        # mu uses the upper half of the words.
         words = None if words is None else words << np.uint32(16)
         stored = _rounded(nu, self.dtype, words, signed=False)
         return stored, *self.read(stored, scale, nu.dtype)
 
 
 class Int8Nu(NamedTuple):
-    """nu in codes of 8 bits, or of 9 where mu's byte has the lowest of them.
+    """nu in codes of 8 bits, or of 9 whose lowest bit is in mu's byte.
 
-    There are 63/64 as many codes as bits could tell apart, so that powers of two have codes.
+    Only 63/64 of the bit patterns are codes, so that powers of two have codes.
     """
 
     bits: int
@@ -119,7 +119,8 @@ class Int8Nu(NamedTuple):
     def read(self, word: Words, scale: RealLeaf, dtype: DTypeLike) -> tuple[RealLeaf, RealLeaf]:
         """Returns nu, and the power of two below the root of nu / s.
 
-        The upper bits of a float32's mantissa have the code: `word` is a number from 1 to 2.
+        `word` is the bit pattern of a number from 1 to 2, with the code in the upper bits of its
+        mantissa.
         """
         root = (_number(word) - np.float32(1 - 2.0**-self.bits)) * np.float32(64 / 63)
         pattern = _pattern(root) * _ROOT - np.uint32((int(_ROOT) - 1) * int(_ONE) % 2**32)
@@ -130,10 +131,10 @@ class Int8Nu(NamedTuple):
     def write(
         self, nu: RealLeaf, scale: RealLeaf, words: Words
     ) -> tuple[Words, RealLeaf, RealLeaf]:
-        """Returns the word with the code, and what `read` makes of it; nu is at most the scale."""
+        """Returns the word with the code, and the result of `read`. nu is at most the scale."""
         z = nu * (1 / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
         root = _number(jax.lax.div(_pattern(z.astype(jnp.float32)), _ROOT) + _ROOT_OF_ONE)
-        # What is less than the smallest code counts as much, 0 too.
+        # A number below that of the smallest code, 0 included, gets the smallest code.
         place = jnp.maximum(root * _LEVELS + np.float32(1 - 2.0**-self.bits), 1)
         noise = words & np.uint32(2**14 - 1)
         if self.bits == 8:
@@ -143,17 +144,17 @@ class Int8Nu(NamedTuple):
 
 
 class Int8Mu(NamedTuple):
-    """mu in a sign and 7 bits, or 6 where the byte has one of nu's."""
+    """mu in a sign and 7 bits, or 6 where the byte has one of nu's bits."""
 
     bits: int
 
     @property
     def mask(self) -> np.uint32:
-        """Where a byte has the magnitude."""
+        """Returns a mask of the bits of a byte that hold the magnitude."""
         return np.uint32(0x80 - 2 ** (7 - self.bits))
 
     def read(self, byte: Codes, root: RealLeaf, unit: RealLeaf, dtype: DTypeLike) -> RealLeaf:
-        """Returns mu, given the root of nu that `read` returns for it."""
+        """Returns mu, given the root of nu that `read` of nu returns."""
         word = jax.lax.bitcast_convert_type(byte, jnp.uint8).astype(jnp.uint32)
         place = (word << np.uint32(16)) + _TWO & (self.mask << np.uint32(16) | _TWO)
         return _from_reciprocal(_number(place), word << np.uint32(24), root * unit)
@@ -161,7 +162,7 @@ class Int8Mu(NamedTuple):
     def write(
         self, mu: RealLeaf, root: RealLeaf, unit: RealLeaf, words: Words
     ) -> tuple[Words, RealLeaf]:
-        """Returns a word with the byte, and what `read` makes of it.
+        """Returns a word with the byte, and the result of `read` for it.
 
         |mu| counts as at most 7.75 q.
         """
@@ -182,37 +183,37 @@ class Codec(NamedTuple):
 
     @property
     def mu_is_coded(self) -> bool:
-        """Whether mu is in codes, which count in units."""
+        """Returns whether mu is in codes, which count in units."""
         return isinstance(self.mu, Int8Mu)
 
     @property
     def nu_is_coded(self) -> bool:
-        """Whether nu is in codes, which count in scales."""
+        """Returns whether nu is in codes, which count in scales."""
         return isinstance(self.nu, Int8Nu)
 
     @property
     def coded(self) -> bool:
-        """Whether a moment is in codes."""
+        """Returns whether a moment is in codes."""
         return self.mu_is_coded or self.nu_is_coded
 
     @property
     def random(self) -> bool:
-        """Whether anything is rounded stochastically."""
+        """Returns whether anything is rounded stochastically."""
         return self.coded or self._rounds_floats
 
     @property
     def float_dtypes(self) -> list[np.dtype[Any]]:
-        """The dtypes of the moments and scales that are floating-point numbers."""
+        """Returns the dtypes of the moments and scales that are floating-point numbers."""
         scales = [np.dtype(np.float32)] if self.nu_is_coded else []
         return [x.dtype for x in (self.mu, self.nu) if isinstance(x, FloatMu | FloatNu)] + scales
 
     @property
     def narrowest(self) -> np.dtype[Any]:
-        """The one of `float_dtypes` with the smallest range."""
+        """Returns the dtype in `float_dtypes` with the smallest range."""
         return min(self.float_dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
     def arithmetic_dtype(self, dtype: DTypeLike) -> np.dtype[Any]:
-        """Returns the dtype to compute in where gradients have this dtype."""
+        """Returns the dtype to compute in for gradients of this dtype."""
         return arithmetic_dtype(dtype, *self.float_dtypes)
 
     @property
@@ -224,13 +225,13 @@ class Codec(NamedTuple):
         return self.mu_is_coded and self.nu_is_coded
 
     def read(self, stored: Stored, rows: Rows, dtype: DTypeLike) -> Moments:
-        """Returns mu, nu and others, in the arithmetic's real dtype. `rows` are opened ones."""
+        """Returns mu, nu and others, in the arithmetic's real dtype. `rows` are opened."""
         nu, root = self.nu.read(self._nu_word(stored), rows.scale, dtype)
         mu = self.mu.read(stored.mu, root, rows.unit, dtype)
         return (mu, nu, *(_widen(x, dtype) for x in stored.others))
 
     def nu_at_smallest(self, stored: Stored) -> jax.Array:
-        """Returns where nu is the smallest number that its format has: code 0, or 0."""
+        """Returns where nu is the smallest number of its format: code 0, or 0."""
         return self._nu_word(stored) == (_ONE if self.nu_is_coded else 0)
 
     def _nu_word(self, stored: Stored) -> jax.Array:
@@ -245,10 +246,10 @@ class Codec(NamedTuple):
     def write(
         self, moments: Moments, like: Stored, rows: Rows, draw: Draw | None
     ) -> tuple[Stored, Moments]:
-        """Returns one leaf's moments as they are stored, but for rows, and what `read` makes of it.
+        """Returns one leaf's moments as stored, without rows, and the result of `read` for them.
 
-        `rows` are opened ones; no row's scale is less than its largest nu. `draw` may be None
-        unless `random`. Moments beyond the second are rounded to nearest.
+        `rows` are opened; no row's scale is less than its largest nu. `draw` may be None unless
+        `random`. Moments beyond the second are rounded to nearest.
         """
         mu, nu, *others = moments
         turned: Any = draw.in_turn(nu) if draw and self.coded else None
@@ -259,8 +260,8 @@ class Codec(NamedTuple):
         if self._joint:
             new_mu = new_mu + ((new_nu & np.uint32(2**14)) << np.uint32(2))
         if self.mu_is_coded:
-            # No bitcast from uint8: it would be undone by `read`, which XLA for TPU shall see start
-            # from what is stored.
+            # Not a bitcast from uint8, which `read` would undo: XLA for TPU has to see that `read`
+            # starts from the stored codes.
             new_mu = (new_mu >> np.uint32(16)).astype(jnp.int8)
         if self.nu_is_coded:
             new_nu = (new_nu >> np.uint32(15)).astype(jnp.uint8)
@@ -268,14 +269,14 @@ class Codec(NamedTuple):
         return Stored(new_mu, new_nu, new_others), values
 
     def joined(self, stored: Stored) -> Any:
-        """Returns stored moments without rows, and codes of both in one array."""
+        """Returns stored moments without rows; codes of both moments share one array."""
         if not self._joint:
             return stored[:3]
         high = jax.lax.bitcast_convert_type(stored.mu, jnp.uint8).astype(jnp.uint16)
         return high << np.uint16(8) | stored.nu.astype(jnp.uint16)
 
     def parted(self, joined: Any) -> Stored:
-        """Returns what `joined` was given, without rows."""
+        """Returns the stored moments, without rows, from the result of `joined`."""
         if not self._joint:
             return Stored(*joined)
         high = (joined >> np.uint16(8)).astype(jnp.uint8)
@@ -283,11 +284,11 @@ class Codec(NamedTuple):
         return Stored(mu, joined.astype(jnp.uint8))
 
     def sealed(self, scale: RealLeaf | None, unit: RealLeaf, like: Rows) -> tuple[Rows, Rows]:
-        """Returns rows as they are stored, in float32, and what `opened` makes of them.
+        """Returns rows as stored, in float32, and the result of `opened` for them.
 
-        The lowest 12 bits of the unit are a checksum. Whoever averages states over replicas, or
-        edits scales, changes what codes mean. Codes have no average, and without a checksum nobody
-        would notice.
+        The lowest 12 bits of the unit are a checksum. Averaging states over replicas, or editing
+        scales, changes the meaning of codes, which have no average. Without a checksum nobody would
+        notice.
         """
         stored = like.scale if scale is None else scale.astype(jnp.float32)
         upper = _pattern(unit.astype(jnp.float32)) & ~_CHECKSUM
@@ -297,7 +298,7 @@ class Codec(NamedTuple):
     def opened(self, rows: Rows, dtype: DTypeLike) -> Rows:
         """Returns scales and units as numbers, NaN where the checksum is wrong.
 
-        A unit of 0 is that of a row without a step, whose codes are 0 in any format.
+        A row without a step has a unit of 0, and its codes are 0 in any format.
         """
         if not self.coded or rows.unit is None:
             return rows
@@ -316,7 +317,7 @@ class Codec(NamedTuple):
         return Rows(scale, unit.astype(dtype))
 
     def _checksum(self, upper: Words, scale: RealLeaf | None) -> Words:
-        # Another one for each format: a checkpoint may be restored, and cast, onto another.
+        # It depends on the format: a checkpoint may be restored onto another, with a cast.
         upper = upper | np.uint32(self.mu_is_coded + 2 * self.nu_is_coded)
         if self.nu_is_coded and scale is not None:
             upper = upper ^ _pattern(scale)
@@ -324,10 +325,10 @@ class Codec(NamedTuple):
 
 
 def codec_of(stored: Stored) -> Codec:
-    """Returns the format of a leaf, which its dtypes tell: nothing else looks at them."""
+    """Returns the format of a leaf from its dtypes, which only this function looks at."""
     mu, nu = stored.mu.dtype == jnp.int8, stored.nu.dtype == jnp.uint8
-    # nu forgets slowly, and its rounding errors add up over 1 / (1 - b2) steps, those of mu over
-    # 1 / (1 - b1). With 7 bits for mu and 9 for nu the step is more exact than with 8 and 8.
+    # nu forgets slowly: its rounding errors add up over 1 / (1 - b2) steps, those of mu over only
+    # 1 / (1 - b1). So the step is more exact with 7 bits for mu and 9 for nu than with 8 and 8.
     return Codec(
         Int8Mu(6 if nu else 7) if mu else FloatMu(stored.mu.dtype),
         Int8Nu(9 if mu else 8) if nu else FloatNu(stored.nu.dtype),
@@ -335,21 +336,21 @@ def codec_of(stored: Stored) -> Codec:
 
 
 def unit_of_mu(b1: Decay, b2: Decay, t: RealLeaf) -> Scalar:
-    """Returns what mu's codes count in at step t, in units of the root of a row's scale.
+    """Returns the unit of mu's codes at step t, in units of the root of a row's scale.
 
-    7.75 q is then the most that gradients can make of mu for b2 up to 0.999.
+    7.75 q is then the largest mu that gradients can produce for b2 up to 0.999.
     """
     one_minus_b1 = jnp.maximum(b1.one_minus_b, 0.01)
     noise = one_minus_b1 / (2 - one_minus_b1)
-    # Not a quotient by a root: XLA may take it for a product with a reciprocal root, which is
-    # rounded otherwise, and it does in some programs and not in others.
+    # Not a quotient by a root: in some programs, but not in others, XLA replaces it by a product
+    # with a reciprocal root, which rounds differently.
     return 8.4 * bias_correction(b1, t) * jnp.sqrt(noise / bias_correction(b2, t))
 
 
 def _rounded_up_or_down(place: RealLeaf, bits: int, noise: Words) -> Words:
-    """Rounds numbers stochastically to `bits` of their mantissa, and returns their patterns.
+    """Rounds numbers stochastically to `bits` of their mantissa, and returns their bit patterns.
 
-    `noise` is uniform in what is below these bits.
+    `noise` is uniform over the bits below these.
     """
     return _pattern(place) + noise & ~np.uint32(2 ** (23 - bits) - 1)
 
@@ -360,7 +361,7 @@ def _from_reciprocal(place: RealLeaf, sign: Words, q: RealLeaf) -> RealLeaf:
 
 
 def _halved_reciprocal(x: RealLeaf) -> RealLeaf:
-    """Returns 1 / 2x, roughly."""
+    """Returns an approximation of 1 / 2x."""
     return _number(np.uint32(2 * int(_ONE) - (1 << 23)) - _pattern(x))
 
 
@@ -380,9 +381,9 @@ def _inverse(power: RealLeaf) -> RealLeaf:
 
 
 def _not_underflown(nu: RealLeaf, stored: DTypeLike) -> RealLeaf:
-    """Returns nu, if in float64 at least the smallest number of the dtype in which it is stored.
+    """Returns nu, raised in float64 to at least the smallest number of the dtype that stores it.
 
-    A smaller nu has become 0 there, while mu in float64 has not, and steps would have no bound.
+    A smaller nu became 0 there, while mu in float64 did not, and steps would have no bound.
     """
     smallest = jnp.finfo(stored).tiny
     if jnp.finfo(nu.dtype).tiny == smallest:
@@ -412,8 +413,8 @@ def _widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None, *, signed: bool) -> Leaf:
-    """Rounds to nearest, and to bfloat16 stochastically."""
-    # A moment that moves by less than half an ulp a step would, to nearest, never move.
+    """Rounds to bfloat16 stochastically, and to other dtypes to nearest."""
+    # Rounded to nearest, a moment that moves by less than half an ulp a step would never move.
     if dtype != jnp.bfloat16 or words is None:
         return nearest(x, dtype)
     x = x.astype(jnp.float32)
@@ -421,9 +422,9 @@ def _rounded(x: Leaf, dtype: DTypeLike, words: Words | None, *, signed: bool) ->
         rounded, _ = split(x, dtype, 0, words)
     else:
         # Without a sign, patterns have the order of the numbers. The last of them is a NaN, which
-        # must not count on to zero; a GPU adds and takes the minimum in one instruction.
+        # must not overflow to zero. A GPU adds and takes the minimum in one instruction.
         word = jnp.minimum(_pattern(x) + (words >> np.uint32(16)), np.uint32(2**31 - 1))
         rounded = jax.lax.bitcast_convert_type((word >> np.uint32(16)).astype(jnp.uint16), dtype)
-    # The cast changes nothing but makes XLA on CPU keep the result, which it would otherwise
-    # compute again for the step, with a copy of the old moment.
+    # The cast changes nothing, but makes XLA for CPU keep the result. Otherwise it would compute it
+    # again for the step, with a copy of the old moment.
     return join(rounded).astype(dtype)

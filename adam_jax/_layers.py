@@ -1,9 +1,9 @@
-"""The update of one layer of parameters that are stacked over layers, for any optimizer.
+"""Takes the update of one layer, of parameters that are stacked over layers, from any optimizer.
 
 The update of the whole tree is traced twice: with all layers, and with one layer of each stack. The
-first tells which leaves depend on each other, and the second, with everything eliminated that a
-stack does not need, is the update of a layer. It is the same as that of the whole tree if both
-traces consist of the same operations and none of these mixes layers.
+first trace shows which leaves depend on each other. The second, without the operations that a stack
+does not need, is the update of a layer. It equals that of the whole tree if both traces consist of
+the same operations and none of these mixes layers.
 """
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
@@ -29,7 +29,7 @@ from adam_jax._state import with_extra_args
 _REMEDY = (
     "Gradient release never has all gradients at once. Clip each layer by itself with "
     "adam_jax.per_layer, or by the norm of all gradients with adam_jax.clip_by_global_norm; for "
-    "anything else take the plain step."
+    "anything else use the plain step."
 )
 
 
@@ -41,11 +41,11 @@ class Group(NamedTuple):
 
 
 class Updates:
-    """What an optimizer does to parameters and state, leaf by leaf and layer by layer.
+    """An optimizer's update of parameters and state, leaf by leaf and layer by layer.
 
     Attributes:
-        shared: the places in the state of what depends on no gradient, such as the count.
-        needs_norm: whether the optimizer wants to know the norm of all gradients.
+        shared: the places in the state of leaves that depend on no gradient, such as the count.
+        needs_norm: whether the optimizer needs the norm of all gradients.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Updates:
         for i in self._stacks():
             self._check_group(i)
         layered = {j for i in self._stacks() for j in self._groups[i].state}
-        # Placeholders that nothing depends on: with one layer they would have one element too.
+        # Placeholders that nothing depends on: for one layer they would have one element too.
         layered |= {
             j for j in self._unused if self._state[j].shape[:1] in [(n,) for n in self._lengths]
         }
@@ -89,7 +89,7 @@ class Updates:
             self._check_operations(i)
 
     def group(self, params: Sequence[int]) -> Group:
-        """Returns these parameters with what the state has of them.
+        """Returns these parameters with their leaves of the state.
 
         Raises ValueError if other parameters would have to be updated with them.
         """
@@ -104,7 +104,7 @@ class Updates:
     ) -> Callable[..., tuple[list[Any], list[Any], list[Any]]]:
         """Returns a function of gradients, parameters and state of leaves that are not stacked.
 
-        It returns new parameters and state, and what is shared.
+        It returns new parameters, new state, and the new shared leaves.
         """
         run = self._part(self._whole, group, self.shared)
         size = len(group.state)
@@ -143,7 +143,10 @@ class Updates:
             )
             new_params = optax.apply_updates(params, updates)
             if jax.tree.structure(new_state) != self._state_tree:
-                raise ValueError("update changes the structure of the optimizer's state.")
+                raise ValueError(
+                    "update changes the structure of the optimizer's state, which gradient release "
+                    "updates in place. Use the plain step."
+                )
             return jax.tree.leaves((new_params, new_state))
 
         lengths = {x.shape[0] for x, yes in zip(params, self._stacked, strict=True) if yes}
@@ -156,7 +159,7 @@ class Updates:
         return [i for i, yes in enumerate(self._stacked) if yes]
 
     def _dependences(self) -> tuple[list[Group], list[int], bool]:
-        """Returns the group of each parameter, what is shared, and whether the norm is needed."""
+        """Returns each parameter's group, the shared leaves, and whether the norm is needed."""
         params, states = len(self._params), len(self._state)
         leaf = [1 << k for k in range(params + states)]
         norm = 1 << params + states
@@ -175,7 +178,7 @@ class Updates:
                 joint = [x for x in groups if x & bits]
                 groups = [x for x in groups if not x & bits]
                 groups.append(functools.reduce(int.__or__, joint, bits))
-        # What stacks alone use, and has their number of layers, is stacked too.
+        # A leaf that only stacks use, and that has their number of layers, is stacked too.
         for k in sorted(shared):
             users = [g for g in groups if any(found[m] & leaf[k] for m in _bits(g))]
             shape = self._state[k - params].shape
@@ -213,7 +216,7 @@ class Updates:
         )
 
     def _check_group(self, i: int) -> None:
-        """Raises ValueError if what a stack is updated with is not stacked."""
+        """Raises ValueError if a stack depends on something that is not stacked alike."""
         group = self._groups[i]
         length = self._params[i].shape[0]
         for other in group.params:
@@ -232,7 +235,7 @@ class Updates:
                 )
 
     def _check_operations(self, i: int) -> None:
-        """Raises ValueError unless layers of a stack are updated as if each were alone."""
+        """Raises ValueError unless each layer of a stack is updated as if it were alone."""
         wanted = self._places(self._groups[i])
         whole, _ = needed(self._whole.jaxpr, wanted)
         one, _ = needed(self._one.jaxpr, wanted)
@@ -270,7 +273,7 @@ class Updates:
 
 
 def needed(jaxpr: Jaxpr, outputs: Collection[int]) -> tuple[Jaxpr, list[bool]]:
-    """Returns what is needed for some of the outputs, and which inputs it takes."""
+    """Returns the part of a program that some of the outputs need, and which inputs that uses."""
     return partial_eval.dce_jaxpr(jaxpr, [k in outputs for k in range(len(jaxpr.outvars))])
 
 
@@ -305,7 +308,7 @@ _CALLS = {
     "call", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
     "custom_vjp_call_jaxpr", "jit", "pjit", "remat", "remat2",
 }  # fmt: skip
-# What says where an array lies, and changes nothing in it. JAX may add it for one of two shapes.
+# Operations that place an array without changing it. JAX may add them for one of two shapes.
 _PLACING = {"reshard", "sharding_constraint"}
 _ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
@@ -319,7 +322,8 @@ _ELEMENTWISE = {
     "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan",
     "tanh", "xor",
 }  # fmt: skip
-# What keeps layers apart if its result has their axis: else it would have another length.
+# Operations that keep layers apart if their result has the layer axis: an operation along that axis
+# would change its length.
 _ALONG_OTHER_AXES = {
     "argmax", "argmin", "broadcast_in_dim", "dot_general", "expand_dims", "pad", "reduce_and",
     "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "slice",
@@ -337,7 +341,7 @@ class _LayersMixedError(Exception):
 
 
 def _compare(whole: Jaxpr, one: Jaxpr, lengths: set[int]) -> None:
-    """Raises unless the second jaxpr does to one layer what the first does to each of all."""
+    """Raises an error unless `one` does to one layer what `whole` does to each of all layers."""
     whole_eqns, one_eqns = (
         [eqn for eqn in jaxpr.eqns if eqn.primitive.name not in _PLACING] for jaxpr in (whole, one)
     )
@@ -361,9 +365,9 @@ def _compare(whole: Jaxpr, one: Jaxpr, lengths: set[int]) -> None:
 
 
 def _check_operation(eqn: Any, axes: list[int | None], out_axes: list[int | None]) -> None:
-    """Raises if an operation mixes layers, given which axes of what it takes and returns they are.
+    """Raises an error if an operation mixes layers, given the layer axes of its inputs and outputs.
 
-    An operation that is not known is taken for one that does.
+    Unknown operations count as mixing.
     """
     name, params = eqn.primitive.name, eqn.params
     layered = {axis for axis in axes if axis is not None}
@@ -374,7 +378,7 @@ def _check_operation(eqn: Any, axes: list[int | None], out_axes: list[int | None
         constant = name == "broadcast_in_dim"
         if not constant and not (name == "iota" and params["dimension"] not in out_layered):
             raise _LayersMixedError(
-                f"depends on where it is in the stack ({name}), by an operation that is not told "
+                f"depends on its place in the stack ({name}), by an operation that does not know "
                 "the layer's place"
             )
         return
@@ -393,13 +397,13 @@ def _check_operation(eqn: Any, axes: list[int | None], out_axes: list[int | None
 
 def _by_size() -> _LayersMixedError:
     return _LayersMixedError(
-        "would be another one in a stack of one layer: something looks at the number of layers or "
-        "at the size of leaves, such as a mask. Give it the names of leaves, or their ranks"
+        "differs in a stack of one layer: something in the optimizer, such as a mask, uses the "
+        "number of layers or the size of leaves. Let it use the names of leaves, or their ranks"
     )
 
 
 def _layer_axis(x: Any, y: Any, lengths: set[int]) -> int | None:
-    """Returns the axis of the layers, given an array and what it is with one layer."""
+    """Returns the axis of the layers, given an array and the same array for one layer."""
     shape, one = x.aval.shape, y.aval.shape
     if shape == one:
         return None
@@ -412,7 +416,7 @@ def _layer_axis(x: Any, y: Any, lengths: set[int]) -> int | None:
 
 
 def _compare_params(whole: dict[str, Any], one: dict[str, Any], lengths: set[int]) -> None:
-    """Raises unless the parameters of an operation differ in nothing but the number of layers."""
+    """Raises an error if the parameters of an operation differ in more than the layers' number."""
     for name, x in whole.items():
         y = one.get(name)
         if isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y):

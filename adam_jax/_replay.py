@@ -1,14 +1,14 @@
-"""The steps that a row has missed, made at once: those in which its gradient was 0.
+"""Makes the steps that a row has missed, in which its gradient was 0, at once.
 
-Adam moves a row that gets no gradient too, as long as its first moment decays. j steps after
+Adam moves a row without a gradient as long as the row's first moment decays. j steps after
 moments m and v, with r = sqrt(b2), Adam's step is
 
     alpha_t m b1^j h(t) / (sqrt(v) r^j + eps sqrt(1 - b2^t))
     h(t) = sqrt(1 - b2^t) / (1 - b1^t)
 
-which differs from element to element by m and sqrt(v) alone, while all else is a number for each
-row and step. It falls as (b1 / r)^j, so that steps after the first K, with (b1 / r)^K = 1e-8, count
-as 0. The other variants have sums of the same form.
+Only m and sqrt(v) differ from element to element; everything else is one number for each row and
+step. The step falls as (b1 / r)^j, so steps after the first K, with (b1 / r)^K = 1e-8, count as 0.
+The other variants have sums of the same form.
 """
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
@@ -29,14 +29,15 @@ from adam_jax._step import Algorithm, Idle, sealed_rows
 from adam_jax._types import Leaf, RealLeaf
 
 _CHUNK = 16  # steps that one pass over the elements makes
-_NEGLIGIBLE = 1e-8  # of the first missed step
+_NEGLIGIBLE = 1e-8  # as a fraction of the first missed step
 
 
 class Missed:
-    """How many steps each row has missed, as an extra argument of an optimizer's update.
+    """How many steps each row has missed: an extra argument of an optimizer's update.
 
-    With it, update makes these steps and leaves out the gradient; the count is that before the last
-    of them. An optimizer that does not know it would make one ordinary step: `made` tells.
+    Given this, update makes these steps and ignores the gradient; the count is that before the last
+    of them. An optimizer that does not know the argument would make one ordinary step instead,
+    which `made` reveals.
 
     Attributes:
         steps: int32, one for each row.
@@ -49,7 +50,7 @@ class Missed:
 
 
 def replayed_steps(idle: Idle, hyperparameters: dict[str, Any]) -> int:
-    """Returns K: after so many missed steps what is left of a step is negligible."""
+    """Returns K: after so many missed steps the rest of a step is negligible."""
     b1, b2 = (float(hyperparameters[name].b) for name in ("b1", "b2"))
     if b1 == 0:
         return 0
@@ -57,28 +58,29 @@ def replayed_steps(idle: Idle, hyperparameters: dict[str, Any]) -> int:
 
 
 def check_replayable(idle: Idle, hyperparameters: dict[str, Any], **rates: Any) -> None:
-    """Raises ValueError where what a row has missed can't be made up for."""
+    """Raises ValueError for settings whose missed steps cannot be made up for."""
     b1, b2 = hyperparameters["b1"].b, hyperparameters["b2"].b
     scalars = rates | {"b1": b1, "b2": b2, "eps": hyperparameters["eps"]}
     scalars["eps_root"] = hyperparameters.get("eps_root", 0.0)
     for name, value in scalars.items():
         if isinstance(value, Tracer):
             raise ValueError(
-                f"{name} is traced. With exact=True steps that a row has missed are made later, "
-                "and nobody knows then what it was: pass a number, or a schedule of the step count "
+                f"{name} is traced. With exact=True the steps that a row missed are made later, "
+                "when its past values are unknown: pass a number, or a schedule of the step count "
                 "for a rate."
             )
     if float(scalars["eps_root"]) != 0:
-        raise ValueError("exact=True has no formula for eps_root: leave it at 0.")
+        raise ValueError("exact=True has no formula for eps_root > 0: leave it at 0.")
     if float(b1) and idle.ratio(float(b1), float(b2)) >= 1:
         raise ValueError(
             f"with b1 = {float(b1)} and b2 = {float(b2)} a row without gradient would never come "
-            "to rest: exact=True takes betas with b1 < sqrt(b2), or b1 < b2 for adamax."
+            "to rest: exact=True needs b1 < sqrt(b2), or b1 < b2 for adamax."
         )
     product = [float(x) for x in rates.values() if x is not None and not callable(x)]
     if len(product) == 2 and math.prod(product) >= 1:
         raise ValueError(
-            f"learning_rate * weight_decay must be less than 1, got {math.prod(product)}."
+            f"learning_rate * weight_decay must be less than 1, got {math.prod(product)}. Choose "
+            "smaller ones."
         )
 
 
@@ -93,7 +95,10 @@ def replay(
     weight_decay: Any | None,
     draw: Draw | None,
 ) -> tuple[RealLeaf, Stored]:
-    """Makes the last `missed` of the first `count` steps of each row: its change, new moments."""
+    """Makes the last `missed` of the first `count` steps of each row.
+
+    Returns the change of the rows, and their new moments.
+    """
     codec = codec_of(stored)
     wide = codec.arithmetic_dtype(param.dtype)
     dtype = real_dtype(wide)
@@ -152,7 +157,7 @@ def _summed(
     decay: Callable[[jax.Array], RealLeaf] | None,
     constant: bool,
 ) -> tuple[RealLeaf, RealLeaf | None]:
-    """Returns what the missed steps sum up to, divided by -mu, and the log of the decay by them."""
+    """Returns the sum of the missed steps, divided by -mu, and the logarithm of their decay."""
     _, nu, *_ = moments
     dtype = nu.dtype
     replayed = _CHUNK * math.ceil(replayed / _CHUNK)
@@ -200,9 +205,9 @@ def _summed(
 
 
 def _power(decay: Decay, steps: jax.Array, dtype: Any) -> RealLeaf:
-    """Returns b^steps, to within a few ulps.
+    """Returns b^steps, within a few ulps.
 
-    In float32, the logarithm's own rounding would be multiplied by the number of steps.
+    In float32, the rounding error of the logarithm would be multiplied by the number of steps.
     """
     b = float(decay.b)
     steps = steps.astype(dtype)
@@ -214,13 +219,13 @@ def _power(decay: Decay, steps: jax.Array, dtype: Any) -> RealLeaf:
 
 
 def _high(x: float) -> float:
-    """Returns a number's upper 12 bits: its product with a number of 12 bits is exact."""
+    """Returns the upper 12 bits of a number, whose product with a number of 12 bits is exact."""
     mantissa, exponent = math.frexp(x)
     return math.ldexp(round(mantissa * 2**12), exponent - 12)
 
 
 def _at(rate: Any, steps: jax.Array, dtype: Any) -> RealLeaf:
-    """Returns a rate at steps, which schedules count from 0; of shape () if it is constant."""
+    """Returns a rate at steps, which schedules count from 0. A constant rate has shape ()."""
     if not callable(rate):
         return jnp.asarray(rate, dtype)
     values: Any = jax.vmap(rate)(steps.reshape(-1) - 1)

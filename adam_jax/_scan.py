@@ -1,9 +1,9 @@
-"""A scan over layers whose backward pass hands on one layer's gradients at a time.
+"""Scans over layers, with a backward pass that passes on one layer's gradients at a time.
 
 `jax.lax.scan` stacks the gradients of all layers. Here one `jax.custom_vjp` around the whole scan
-has a backward pass of its own: a scan in the other direction whose carry is whatever becomes of the
-gradients. Both passes save and compute what `jax.lax.scan` does: `jax.checkpoint` around the body
-means the same.
+has a backward pass of its own: a scan in the other direction, whose carry is what the consumer
+makes of the gradients. Both passes save and compute the same as those of `jax.lax.scan`, so
+`jax.checkpoint` around the body has the same effect.
 """
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
@@ -24,7 +24,7 @@ Leaves = list[Any]
 
 
 class Consumer(Protocol):
-    """What becomes of the gradients of one scan's layers."""
+    """Consumes the gradients of one scan's layers."""
 
     def begin(self, params: Leaves) -> Any:
         """Returns the carry before the first gradient, given the parameters of all layers."""
@@ -37,10 +37,10 @@ class Consumer(Protocol):
     def consume(
         self, carry: Any, place: jax.Array, gradients: Leaves, rest: Any
     ) -> tuple[Any, Any]:
-        """Returns the carry after one layer's gradients, of shape (1, ...).
+        """Returns the carry after one layer's gradients, of shape (1, ...), and the rest unchanged.
 
-        And the rest as it is: everything else that is made of the layer's parameters, which may be
-        overwritten in the new carry.
+        The rest is everything else that the backward pass computes from the layer's parameters,
+        which the new carry may overwrite.
         """
         ...
 
@@ -62,12 +62,12 @@ def scan_layers(
     end: Callable[[Any], None],
     tick: jax.Array,
 ) -> tuple[Any, Any]:
-    """Returns what `jax.lax.scan` returns.
+    """Returns the results of `jax.lax.scan`.
 
-    `stacked` says which leaves of `xs` are parameters, whose gradients the consumer gets. `end`
+    `stacked` marks the leaves of `xs` that are parameters, whose gradients the consumer gets. `end`
     gets the consumer's carry after the last of them, in the trace that differentiates. The backward
-    pass takes place wherever a result depends on `tick`, a scalar that is differentiated: so it
-    does if nothing else is differentiated.
+    pass runs if a result depends on `tick`, a scalar that is differentiated, even if nothing else
+    is differentiated.
     """
     x_leaves = jax.tree.leaves(xs)
     stack = [x for x, yes in zip(x_leaves, stacked, strict=True) if yes]
@@ -83,12 +83,12 @@ def scan_layers(
         leaves = body(consts, *carry, *x)
         return leaves[: len(carry)], leaves[len(carry) :]
 
-    # What the forward pass tells the backward pass, apart from arrays.
+    # The forward pass tells the backward pass this, in addition to arrays.
     pullback: Any = None
 
     @jax.custom_vjp
     def whole(tick: Any, init: Leaves, others: Leaves, consts: Leaves) -> Any:
-        raise AssertionError("scan_layers is for derivatives")
+        raise AssertionError("scan_layers only works under differentiation")
 
     def forward(tick: Any, *args: Any) -> Any:
         perturbed = jax.tree.map(lambda x: x.perturbed, args)
@@ -144,10 +144,10 @@ def one_layer(stacks: Any, place: jax.Array) -> Any:
 
 
 def _wide(stack: Leaves, place: jax.Array) -> Leaves:
-    """Returns stacks as they are, so that XLA for TPU keeps them in float32 throughout a loop.
+    """Returns stacks unchanged, in a form that XLA for TPU keeps in float32 throughout a loop.
 
-    It multiplies matrices in bfloat16, and would have a bfloat16 copy of all layers for that. It
-    has none of an array that the loop writes to.
+    It multiplies matrices in bfloat16, and would make a bfloat16 copy of all layers for that. It
+    makes no such copy of an array that the loop writes to.
     """
 
     def on_tpu(x: jax.Array, place: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ def _wide(stack: Leaves, place: jax.Array) -> Leaves:
 
 
 def _closed(f: Any, init: Any, xs: Any) -> tuple[Callable[..., Leaves], Leaves, Any]:
-    """Returns f as a function of leaves, and of all that it closes over."""
+    """Returns f as a function of leaves, the constants it closes over, and its output structure."""
     x = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
     jaxpr, out = jax.make_jaxpr(f, return_shape=True)(init, x)
     return (
@@ -174,10 +174,10 @@ def _closed(f: Any, init: Any, xs: Any) -> tuple[Callable[..., Leaves], Leaves, 
 
 
 class _Pullback:
-    """The transpose of one layer, without the arrays that it takes from the forward pass.
+    """The transpose of one layer, without the arrays that it needs from the forward pass.
 
-    Differentiated are the floating leaves of the carry and of y, the parameters, and those other
-    leaves and constants that depend on what the user differentiates.
+    It differentiates the floating leaves of the carry and of y, the parameters, and those other
+    leaves and constants that depend on the user's differentiated arguments.
     """
 
     def __init__(self, masks: Sequence[Sequence[bool]], y_mask: Sequence[bool], tree: Any):
@@ -196,7 +196,7 @@ class _Pullback:
         others: Leaves,
         consts: Leaves,
     ) -> tuple[tuple[Leaves, Leaves], Leaves, _Pullback]:
-        """Returns what the body returns, what has to be saved, and the transpose."""
+        """Returns the body's results, the residuals to save, and the transpose."""
         carry_mask = list(map(_is_float, carry))
         others_mask, consts_mask = (
             [yes and _is_float(x) for x, yes in zip(leaves, mask, strict=True)]
@@ -223,7 +223,7 @@ class _Pullback:
         )
         residuals, tree = jax.tree.flatten(transpose)
         self = cls((carry_mask, others_mask, consts_mask), list(map(_is_float, y)), tree)
-        # Parameters are not saved, nor what is the same for all layers: they are there anyway.
+        # Parameters and arrays that all layers share are not saved: the backward pass has them.
         places = {
             id(x): (i, k)
             for i, leaves in enumerate((stack, others, consts))
@@ -248,7 +248,7 @@ class _Pullback:
         return self._tree.unflatten(residuals)((carry_bar, y_bar))
 
     def cotangents(self, carry_bar: Leaves, y_bar: Leaves) -> tuple[Leaves, Leaves]:
-        """Returns those of the leaves that are differentiated."""
+        """Returns the cotangents of the leaves that are differentiated."""
         return (
             list(map(_instantiated, _selected(self._carry, carry_bar))),
             list(map(_instantiated, _selected(self._y, y_bar))),
@@ -259,7 +259,7 @@ class _Pullback:
         return list(map(jnp.zeros_like, _selected(self._consts, consts)))
 
     def spread(self, carry_bar: Leaves, others_bar: Leaves, consts_bar: Leaves) -> Any:
-        """Returns lists of cotangents with None for what is not differentiated."""
+        """Returns lists of cotangents, with None for leaves that are not differentiated."""
         masks = self._carry, self._others, self._consts
         bars = carry_bar, others_bar, consts_bar
         return tuple(
@@ -276,7 +276,7 @@ def _selected(mask: Sequence[bool], leaves: Leaves) -> Leaves:
 
 
 def _merged(mask: Sequence[bool], selected: Leaves, leaves: Leaves) -> Leaves:
-    """Returns the leaves with those that a mask selects replaced."""
+    """Returns the leaves, with replacements for those that a mask selects."""
     replaced = iter(selected)
     return [next(replaced) if yes else x for x, yes in zip(leaves, mask, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Between the trees of a state and its leaves."""
+"""Converts between the trees of a state and its leaves."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ def states_of(kind: type[T] | tuple[type[T], ...], state: Any) -> list[T]:
 
 
 def states_with_moments(state: Any) -> list[Any]:
-    """Returns those of `scale_by_adam`, `scale_by_amsgrad` and `scale_by_adamax`."""
+    """Returns the states of `scale_by_adam`, `scale_by_amsgrad` and `scale_by_adamax`."""
     found = states_of(WITH_MOMENTS, state)
     if not found:
         raise ValueError(
@@ -48,7 +48,7 @@ def states_with_moments(state: Any) -> list[Any]:
 
 
 def only_state(kind: type[T], wrapper: str, state: Any) -> T:
-    """Returns the state of this kind in an optimizer's state, if there is just one."""
+    """Returns the state of this kind in an optimizer's state, if there is exactly one."""
     found = states_of(kind, state)
     if len(found) != 1:
         raise ValueError(
@@ -61,13 +61,13 @@ def only_state(kind: type[T], wrapper: str, state: Any) -> T:
 def map_states(
     function: Callable[[T], Any], kind: type[T] | tuple[type[T], ...], state: Any
 ) -> Any:
-    """Returns a state in which those of a kind are replaced, at any depth."""
+    """Returns a state with a function applied to all states of a kind, at any depth."""
     is_kind = lambda x: isinstance(x, kind)  # noqa: E731
     return jax.tree.map(lambda x: function(x) if is_kind(x) else x, state, is_leaf=is_kind)
 
 
 def applied(params: Any, updates: Any) -> Any:
-    """Returns parameters with their updates added; those whose update is None stay as they are."""
+    """Returns parameters with their updates added. Where an update is None, the parameter stays."""
     return jax.tree.map(
         lambda p, u: p if u is None else optax.apply_updates(p, u),
         params,
@@ -77,9 +77,9 @@ def applied(params: Any, updates: Any) -> Any:
 
 
 def unaliased(result: T, *given: Any) -> T:
-    """Returns a result with copies of the arrays in it that were given.
+    """Returns a result with copies of those of its arrays that were given.
 
-    Whoever donates the one to a jitted step would delete the other.
+    Otherwise, donating one of the two to a jitted step would delete the other.
     """
     theirs = {id(x) for x in jax.tree.leaves(given)}
     copied = lambda x: jnp.copy(x) if isinstance(x, jax.Array) and id(x) in theirs else x  # noqa: E731
@@ -126,8 +126,8 @@ def with_leaves(
     unflatten = jax.tree.structure(like, is_leaf=is_leaf).unflatten
     nu = unflatten([leaf.nu for leaf in leaves])
     if int8:
-        # The rows of a leaf have no box of its own: it would shard them as the parameter. Flax NNX
-        # puts them into boxes like that of the count.
+        # The rows of a leaf are not in the leaf's box, which would shard them like the parameter.
+        # Flax NNX puts them into boxes like that of the count.
         plain = jax.tree.structure(unboxed(like), is_leaf=is_leaf).unflatten
         box = jax.tree.structure(state.count)
 
@@ -157,7 +157,7 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
         )
     except ValueError as error:
         kind, other = type(tree).__name__, type(prefix).__name__
-        remedy = f" The parameters are in a {kind}, and this is in a {other}: put it into a {kind}."
+        remedy = f" The parameters are in a {kind}, but {name} is in a {other}: use a {kind}."
         raise ValueError(
             f"{name} must be one value or a tree prefix of the parameters: {error}"
             f"{remedy if kind != other else ''}"
@@ -166,13 +166,14 @@ def per_leaf(name: str, prefix: Any, tree: Any, *, none_is_a_value: bool = False
     for i, leaf in enumerate(jax.tree.leaves(tree, is_leaf=is_none)):
         if values[i] is None and leaf is not None and not none_is_a_value:
             raise ValueError(
-                f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient."
+                f"{name} is None at {keystr(leaf_path(tree, i))}, which has a gradient. Pass a "
+                "value for it."
             )
     return values
 
 
 def mask_per_leaf(name: str, mask: Mask, params: Any) -> list[Any]:
-    """Returns what a mask, a tree prefix or a function to one, says of each parameter."""
+    """Returns a mask's value for each parameter. A mask is a tree prefix, or a function to one."""
     values = per_leaf(name, mask(params) if is_function(node_types(params), mask) else mask, params)
     leaves = jax.tree.leaves(params, is_leaf=is_none)
     return [value for value, leaf in zip(values, leaves, strict=True) if leaf is not None]
@@ -181,9 +182,9 @@ def mask_per_leaf(name: str, mask: Mask, params: Any) -> list[Any]:
 def with_extra_args(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation whose update takes extra arguments, and may drop them.
+    """Returns a transformation whose update accepts extra arguments, and may drop them.
 
-    That of `optax.MultiSteps` passes them on, although it is not declared to do so.
+    That of `optax.MultiSteps` passes them on, although its type does not declare that.
     """
     kinds = [x.kind for x in inspect.signature(inner.update).parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in kinds:
@@ -202,7 +203,7 @@ def leaves_beside(params: Any, tree: Any, name: str) -> list[Any]:
 
 
 def _spread(tree: Any, like: Any) -> Any:
-    """Returns a tree with a `MaskedNode` for each leaf of a subtree that is left out as a whole."""
+    """Returns a tree in which each leaf of a masked subtree has its own `MaskedNode`."""
     if is_masked(tree):
         return jax.tree.map(lambda _: tree, like)
     children, node = _opened(tree)
@@ -225,7 +226,7 @@ def gathered(tree: Any, like: list[Any]) -> Any:
 
 
 def _opened(tree: Any) -> tuple[list[Any], Any]:
-    """Returns the children of a node, and what puts them together again."""
+    """Returns the children of a node, and the structure that puts them together again."""
     return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
 
 
@@ -234,8 +235,8 @@ def unboxed(tree: Any, keep: Callable[[Any], bool] = lambda leaf: False) -> Any:
 
     Flax has a box around each parameter that says how its axes are sharded (`nnx.Variable`,
     `nn.Partitioned`). An array of another shape in such a box, like the scales of rows, would be
-    sharded as the parameter. A box is a node with a leaf alone in it, which is no container of
-    Python's. Those of leaves to `keep` stay.
+    sharded like the parameter. A box is a node with one leaf in it, other than Python's own
+    containers. Boxes of leaves to `keep` stay.
     """
     children, node = _opened(tree)
     if jax.tree_util.treedef_is_leaf(node):

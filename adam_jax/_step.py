@@ -1,4 +1,4 @@
-"""One leaf's step, from its gradient and stored moments to its update and new moments."""
+"""Makes one leaf's step, from its gradient and stored moments to its update and new moments."""
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adam_jax._types import Leaf, RealLeaf
 class IdleTerms(NamedTuple):
     """The direction of a step without a gradient, mu weight / (max(root, floor) + eps).
 
-    mu and root are those of before the first such step.
+    mu and root are those before the first such step.
     """
 
     weight: RealLeaf
@@ -32,22 +32,22 @@ class IdleTerms(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """What a variant of Adam does in steps without a gradient, of which it can make many at once.
+    """What a variant of Adam does in steps without a gradient, many of which it can make at once.
 
-    `p1` and `p2` are the powers b1^j and b2^j after j of them.
+    `p1` and `p2` are the powers b1^j and b2^j after j such steps.
     """
 
-    root: Callable[[Moments], RealLeaf]  # sqrt(nu), or what else is in its place
+    root: Callable[[Moments], RealLeaf]  # sqrt(nu), or the variant's replacement for it
     terms: Callable[[Any, RealLeaf, RealLeaf], IdleTerms]  # (scalars at the step, p1, p2)
     advance: Callable[[Moments, RealLeaf, RealLeaf, Any], Moments]  # (moments, p1, p2, scalars)
-    ratio: Callable[[float, float], float]  # (b1, b2) -> of a direction to the one before
+    ratio: Callable[[float, float], float]  # (b1, b2) -> how much a direction shrinks in a step
 
 
 class Algorithm(NamedTuple):
     """A variant of Adam, as one leaf sees it."""
 
-    # All are functions of a module, never closures: jit caches by their identity.
-    scalars: Callable[..., Any]  # (count, **hyperparameters) -> what a step needs of them
+    # All are module-level functions, never closures, because jit caches by their identity.
+    scalars: Callable[..., Any]  # (count, **hyperparameters) -> the numbers that leaves share
     advance: Callable[[Leaf, Moments, Any], Moments]  # (gradient, moments, scalars) -> new moments
     direction: Callable[[Leaf, Moments, Any], Leaf]  # (gradient, new moments, scalars)
     idle: Idle
@@ -56,10 +56,10 @@ class Algorithm(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["tree"])
 @dataclasses.dataclass(frozen=True)
 class Scalars:
-    """A tree of scalars as one array, so that each leaf's step has one argument and not a dozen.
+    """A tree of scalars as one array, which gives each leaf's step one argument instead of a dozen.
 
-    What a call takes to trace, to lower and to dispatch grows with its arguments. The compiler
-    takes the array apart again.
+    The time to trace, lower and dispatch a call grows with its arguments. The compiler takes the
+    array apart again.
     """
 
     values: jax.Array
@@ -75,7 +75,7 @@ class Scalars:
 def scalars_of(
     scalars: Callable[..., Any], hyperparameters: dict[str, Any], count: jax.Array, coded: bool
 ) -> Scalars:
-    """Returns what all leaves' steps have in common: the algorithm's scalars and mu's unit."""
+    """Returns the numbers that all leaves' steps share: the algorithm's scalars and mu's unit."""
     dtype = jnp.result_type(float)
     hyperparameters = jax.tree.map(
         lambda x: x if x.dtype == bool else x.astype(dtype),
@@ -102,7 +102,7 @@ def leaf_step(
 ) -> tuple[Leaf, Stored]:
     """Returns one leaf's update, sharded as its moments or as `sharding` says, and new moments.
 
-    Jitted by itself: traced once per shape, and one call in eager use.
+    It is jitted by itself: traced once per shape, and one call in eager use.
     """
     wide = codec.arithmetic_dtype(gradient.dtype)
     # Complex leaves meet real scalars, which JAX's strict promotion mode would not allow.
@@ -117,17 +117,17 @@ def leaf_step(
         if codec.coded:
             sealed, rows = _new_rows(algorithm, codec, g.astype(wide), opened, s, unit)
         new, moments = _in_one_pass(algorithm, codec, (g, stored, opened, rows, draw, s))
-        # The direction is that of the moments as they are stored, so that a step needs no others.
+        # The direction uses the moments as they are stored, so a step depends on the state alone.
         update = algorithm.direction(_saturated(gradient, codec), moments, s)
         if weight_decay is not None and param is not None:
             update = update + weight_decay.astype(unit.dtype) * param.astype(wide)
         if sharding is not None and update.dtype == gradient.dtype:
-            # Before the last product: a compiler may fuse that with the sum that the user makes of
-            # parameter and update, and then does so wherever moments lie.
+            # Before the last product: a compiler may fuse that product with the user's sum of
+            # parameter and update, and now it does so wherever the moments lie.
             update = reshard(update, sharding)
         if learning_rate is not None:
-            # Last: a scalar made of rate and scale would save a multiplication and lose the range
-            # of tiny moments, which underflow when they are multiplied by it.
+            # Last: multiplying rate and scale first would save a multiplication, but tiny moments
+            # would underflow when multiplied by that product.
             update = -learning_rate.astype(unit.dtype) * update
     update = update.astype(gradient.dtype)
     if sharding is not None:
@@ -136,9 +136,12 @@ def leaf_step(
 
 
 def _saturated(gradient: Leaf, codec: Codec) -> Leaf:
-    """Returns the gradient in the arithmetic's dtype, its square finite in any of the codec's."""
+    """Returns the gradient in the arithmetic's dtype, small enough to have finite squares.
+
+    The squares are finite in each of the codec's dtypes.
+    """
     wide = codec.arithmetic_dtype(gradient.dtype)
-    # Where rows have a scale, infinity and NaN are in the scale.
+    # Where rows have a scale, the scale carries infinity and NaN.
     return saturate(gradient.astype(wide), codec.narrowest, passing=not codec.nu_is_coded)
 
 
@@ -153,7 +156,7 @@ def _advanced(
     draw: Draw | None,
     s: Any,
 ) -> tuple[Stored, Moments]:
-    """Returns new moments, as they are stored and as numbers."""
+    """Returns new moments, stored and as numbers."""
     g = _saturated(gradient, codec)
     moments = codec.read(stored, opened, real_dtype(g.dtype))
     return codec.write(algorithm.advance(g, moments, s), stored, rows, draw)
@@ -162,15 +165,15 @@ def _advanced(
 def _new_rows(
     algorithm: Algorithm, codec: Codec, gradient: Leaf, old: Rows, s: Any, unit: RealLeaf
 ) -> tuple[Rows, Rows]:
-    """Returns what the new codes count in, which is known before they are, sealed and opened.
+    """Returns the scales and units of the new codes, sealed and opened.
 
-    A row that was NaN stays so.
+    They are known before the codes are. A row that was NaN stays NaN.
     """
     if not codec.nu_is_coded:
         return sealed_rows(codec, None, old, unit)
-    # The same average, of each row's largest gradient: never less than any of its nu.
+    # The average of each row's largest gradient, with the weights of nu: at least its largest nu.
     largest = _largest(gradient, codec.narrowest)
-    # In `jax.shard_map`, over the axes of the mesh that divide the rows.
+    # In `jax.shard_map`, the maximum is also over the mesh axes that divide the rows.
     if divided := varying(jax.typeof(largest)) - varying(jax.typeof(old.scale)):
         largest = jax.lax.pmax(largest, tuple(divided))
     _, scale = algorithm.advance(largest, (jnp.zeros_like(old.scale), old.scale), s)
@@ -180,7 +183,7 @@ def _new_rows(
 def sealed_rows(
     codec: Codec, scale: RealLeaf | None, old: Rows, unit: RealLeaf
 ) -> tuple[Rows, Rows]:
-    """Returns rows with a scale, sealed and opened, given mu's unit in square roots of it."""
+    """Returns rows with a scale, sealed and opened, given mu's unit in roots of the scale."""
     if scale is None:
         return codec.sealed(None, jnp.where(jnp.isnan(old.unit), old.unit, unit), old)
     root = jnp.sqrt(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
@@ -188,25 +191,25 @@ def sealed_rows(
 
 
 def check_shard_map() -> None:
-    """Raises ValueError inside a `jax.shard_map` that does not track what varies over its axes."""
+    """Raises ValueError in a `jax.shard_map` that does not track what varies over its axes."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if axes and not varying(jax.typeof(jax.lax.axis_index(axes[0]))):
         raise ValueError(
-            "moments in int8 have one scale for each row, and with jax.shard_map(check_vma=False) "
-            f"nothing tells which of the axes {', '.join(axes)} divide the rows. Leave check_vma "
-            "at True."
+            "moments in int8 have one scale for each row, but jax.shard_map(check_vma=False) does "
+            f"not record which of the axes {', '.join(axes)} divide the rows. Leave check_vma at "
+            "True."
         )
 
 
 def _largest(gradient: Leaf, narrowest: DTypeLike) -> RealLeaf:
-    """Returns each row's largest saturated magnitude, and NaN where there is one.
+    """Returns each row's largest saturated magnitude, or NaN if the row has one.
 
-    As integers, patterns of numbers that are not negative have the order of the numbers, and those
-    of NaN come last. A maximum of floats in which XLA for CPU uses vectors loses NaN.
+    As integers, the bit patterns of nonnegative numbers are ordered like the numbers, and those
+    of NaN come last. A maximum of floats in which XLA for CPU uses vectors would lose NaN.
     """
     is_complex = jnp.iscomplexobj(gradient)
     magnitude = jnp.abs(saturate(gradient, narrowest) if is_complex else gradient)
-    if is_complex:  # a root, rounded: its square must not be less than the sum of squares
+    if is_complex:  # a rounded root, whose square must not be less than the sum of squares
         magnitude = magnitude * (1 + 4 * jnp.finfo(magnitude.dtype).eps)
     word = f"int{jnp.finfo(magnitude.dtype).bits}"
     pattern = jnp.max(jax.lax.bitcast_convert_type(magnitude, word), axis=-1, keepdims=True)
@@ -219,13 +222,13 @@ def _in_one_pass(
     codec: Codec,
     args: tuple[Leaf, Stored, Rows, Rows, Draw | None, Any],
 ) -> tuple[Stored, Moments]:
-    """Returns what `_advanced` does with these arguments, in the form that each compiler needs.
+    """Returns the result of `_advanced`, computed in the form that each compiler needs.
 
-    XLA for CPU makes one pass for each output of a step, and would decode, average and encode
-    anew in each of them, with copies of the old moments for those that come too late. It does not
-    look through a condition, even one that always holds; only the codes pass it. XLA for TPU makes
-    one pass of a step if everything after it starts from the codes. XLA for GPU does so anyway,
-    and there it costs less to go on from the values.
+    XLA for CPU makes one pass for each output of a step. In each of them it would decode, average
+    and encode again, with copies of the old moments for the later passes. It does not look through
+    a condition, even one that always holds, so a condition that only the codes pass keeps it from
+    that. XLA for TPU makes one pass of a step if everything after it starts from the codes. XLA for
+    GPU does so anyway, and continues more cheaply from the values.
     """
     advanced = functools.partial(_advanced, algorithm, codec)
     gradient, _, _, rows, draw, _ = args

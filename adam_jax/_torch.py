@@ -201,7 +201,7 @@ def to_torch(
         return transpose(jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), params, like))[0]
 
     def named(tree_of: Callable[[Any], Any]) -> dict[str, Any]:
-        """Returns, by torch's names, a tree that each state has for its own leaves."""
+        """Returns by torch's names the leaves that each state has of its own."""
         parts = [
             jax.tree.map(
                 lambda leaf, zero: zero if is_masked(leaf) else np.asarray(leaf),

@@ -1,7 +1,7 @@
-"""From the step of one leaf to an optax gradient transformation over a tree.
+"""Makes an optax gradient transformation over a tree from the step of one leaf.
 
-Trees are walked and checked here. `_step.py` has one leaf's step, with decoupled decay and learning
-rate in it, so that an update is rounded once, to the gradient's dtype, at its very end.
+This module walks and checks trees. `_step.py` has one leaf's step. It includes decoupled decay and
+learning rate, so that an update is rounded once, to the gradient's dtype, at its very end.
 """
 
 # Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
@@ -40,7 +40,7 @@ from adam_jax._types import Mask, Rate, StorageFormats, is_function, is_none
 
 
 class Variant(NamedTuple):
-    """A variant of Adam: its arithmetic, its hyperparameters and what its state consists of."""
+    """A variant of Adam: its arithmetic, its hyperparameters and the contents of its state."""
 
     algorithm: Algorithm
     hyperparameters: dict[str, Any]  # scalars: never a reason to compile again
@@ -59,14 +59,14 @@ def variant(
     mu_not_int8: str | None = None,
     nu_not_int8: str | None = None,
 ) -> Variant:
-    """Returns a variant whose storage formats are checked."""
+    """Returns a variant with checked storage formats."""
     mu_dtype = storage_formats("mu_dtype", mu_dtype, not_int8=mu_not_int8)
     nu_dtype = storage_formats("nu_dtype", nu_dtype, not_int8=nu_not_int8)
     return Variant(algorithm, hyperparameters, state, mu_dtype, nu_dtype)
 
 
 def scale_by(variant: Variant) -> optax.GradientTransformationExtraArgs:
-    """Returns the direction of a step alone, with neither sign nor learning rate."""
+    """Returns a transformation to the direction of a step, with neither sign nor learning rate."""
 
     def init(params: optax.Params) -> Any:
         return _init(variant, params)
@@ -85,16 +85,16 @@ def descend(
     weight_decay: Rate | None = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the whole step: -learning_rate (direction + weight_decay params).
+    """Returns the transformation to a whole step, -learning_rate (direction + weight_decay params).
 
-    The state is that of the optax chain it stands for, so checkpoints are interchangeable.
+    Its state is that of the optax chain it replaces, so checkpoints are interchangeable.
     """
     check_rate("learning_rate", learning_rate)
     if weight_decay is not None:
         check_rate("weight_decay", weight_decay)
 
     def counts(types: Collection[type[Any]]) -> tuple[Any, ...]:
-        """Returns the states beside that of the moments. They hold the counts of schedules."""
+        """Returns the states that follow that of the moments, with the counts of schedules."""
         states = []
         if weight_decay is not None:
             rate = cast(
@@ -149,7 +149,7 @@ def descend(
         updates, direction_state = _update(
             variant, updates, direction_state, params, rates, decays, positions
         )
-        # The other states hold nothing but the counts of their schedules.
+        # The other states hold only the counts of their schedules.
         next_counts = jax.tree.map(optax.safe_increment, (*decay_states, rate_state))
         return updates, (direction_state, *next_counts)
 
@@ -181,7 +181,7 @@ def _update(
     decays: Sequence[Any] | None = None,
     positions: Sequence[Any] = (),
 ) -> tuple[optax.Updates, Any]:
-    """One step on every leaf; a leaf whose gradient is None keeps its moments as they are.
+    """Makes one step on every leaf. A leaf whose gradient is None keeps its moments.
 
     `positions` are those of `Draw.at`.
     """
@@ -224,7 +224,7 @@ def _update(
 def _stored(
     variant: Variant, gradients: optax.Updates, state: Any
 ) -> tuple[list[Stored], list[Codec | None], bool]:
-    """Returns what a state has of each leaf, checked, its format, and whether any is in int8."""
+    """Returns a state's leaves, checked, with their formats, and whether any is in int8."""
     check_state(variant.state, state)
     mu_int8, nu_int8 = _has_int8(variant.mu_dtype), _has_int8(variant.nu_dtype)
     check_struct(state.nu, mu_int8=mu_int8, nu_int8=nu_int8)
@@ -253,7 +253,7 @@ def _replay(
     missed: Missed,
     positions: Sequence[Any],
 ) -> tuple[Any, Any]:
-    """The steps that rows of a parameter have missed; the state's count stays as it is."""
+    """Makes the steps that rows of a parameter have missed; the state's count stays the same."""
     check_replayable(
         variant.algorithm.idle,
         variant.hyperparameters,
@@ -288,7 +288,7 @@ def _formats(variant: Variant, tree: Any) -> list[list[str | None]]:
 
 
 def _has_int8(formats: StorageFormats) -> bool:
-    """Whether codes may be in the state, so that its nu is an `Int8Moment`."""
+    """Returns whether codes may be in the state, whose nu is then an `Int8Moment`."""
     return "int8" in jax.tree.leaves(formats)
 
 
@@ -298,7 +298,7 @@ def _has_schedule(rate: Rate, types: Collection[type[Any]]) -> bool:
 
 
 def _at(name: str, rate: Rate, state: Any, types: Collection[type[Any]]) -> Any:
-    """A rate, or tree of rates, with schedules evaluated at the count that the state holds."""
+    """Returns a rate, or tree of rates, with schedules evaluated at the state's count."""
     check_rate(name, rate, types)
     is_schedule = functools.partial(is_function, types)
 
@@ -312,5 +312,5 @@ def _at(name: str, rate: Rate, state: Any, types: Collection[type[Any]]) -> Any:
 
 @jax.jit
 def _as_arrays(scalars: Any) -> Any:
-    """Numbers as arrays, once: as numbers they would be constants to each leaf's step anew."""
+    """Returns numbers as arrays. As numbers they would be new constants in each leaf's step."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), scalars)

@@ -1,4 +1,4 @@
-"""What signatures share: names for types, and what counts as a leaf."""
+"""Names for the types in signatures, and predicates on leaves."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float, Int, Integer, PyTree, UInt32
 
 Leaf = Float[Array, "*leaf"] | Complex[Array, "*leaf"]  # a gradient, a parameter or mu
-RealLeaf = Float[Array, "*leaf"]  # nu, and whatever else is made of magnitudes
+RealLeaf = Float[Array, "*leaf"]  # nu, and other arrays of magnitudes
 Words = UInt32[Array, "*leaf"]  # 32 bits for each element
 Codes = Int[Array, "*leaf"]  # whole numbers that stand for values
 Word = UInt32[Array, ""] | np.integer[Any]
@@ -25,7 +25,7 @@ StorageFormats = StorageFormat | PyTree[StorageFormat]
 
 
 def is_function(types: Collection[type[Any]], x: Any) -> bool:
-    """Whether x is a function, given the types of the containers that parameters are in.
+    """Returns whether x is a function, given the types of the parameters' containers.
 
     Some containers can be called, such as the modules of Equinox: rates or a mask in one of these
     are a tree. Other frameworks make functions into containers.
@@ -37,15 +37,15 @@ LOW_PRECISION = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
 
 def is_low(leaf: Any) -> bool:
-    """Whether a parameter has 16 bits, and `master_weights` trains it in more."""
+    """Returns whether a parameter has 16 bits, so that `master_weights` trains it in more."""
     return getattr(leaf, "dtype", np.float32) in LOW_PRECISION
 
 
 def is_none(x: Any) -> bool:
-    """Whether x is None, for trees in which None is a leaf."""
+    """Returns whether x is None, for trees in which None is a leaf."""
     return x is None
 
 
 def is_masked(x: Any) -> bool:
-    """Whether optax has left out a leaf or a subtree here: it belongs to another group."""
+    """Returns whether optax has masked a leaf or a subtree, as one of another group."""
     return isinstance(x, optax.MaskedNode)

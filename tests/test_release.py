@@ -460,10 +460,10 @@ COUPLED = {
     "adafactor": (optax.adafactor(0.1), r"other layers \(reduce_sum\)"),
     "novograd": (optax.novograd(0.1), "has shape .* and no axis of layers"),
     "prodigy": (optax.contrib.prodigy(0.1), "depends on"),
-    "noise": (optax.noisy_sgd(0.1, key=0), "where it is in the stack|depends on"),
+    "noise": (optax.noisy_sgd(0.1, key=0), "its place in the stack|depends on"),
     "sizes": (
         adam_jax.adamw(0.1, mask=lambda params: jax.tree.map(lambda p: p.size > 10_000, params)),
-        "looks at the number of layers",
+        "uses the number of layers",
     ),
     "cumulative": (
         optax.chain(
@@ -577,7 +577,7 @@ def in_other_scan(params, batch, scan):
         (never_scanned, r"\['blocks'\]\['b'\] is marked in layers but is not among the xs"),
         (used_outside, r"\['blocks'\]\['w'\] .*outside of the scan"),
         (used_in_another_body, r"\['blocks'\]\['b'\] .*outside of the scan"),
-        (in_vain, r"does not depend on what scan returns for parameter \['blocks'\]\['[bw]'\]"),
+        (in_vain, r"does not depend on the results of scan over parameter \['blocks'\]\['[bw]'\]"),
         (in_jit, r"\['blocks'\]\['w'\] is called inside a function|not among the xs"),
         (in_cond, r"is called inside a function"),
         (in_checkpoint, r"is called inside a function"),
@@ -610,7 +610,7 @@ def test_reads_that_need_no_gradient_are_allowed():
         ({"blocks": False, "rest": False}, ValueError, "False for all parameters"),
         ({"blocks": "yes", "rest": False}, TypeError, r"'yes' at \['blocks'\]\['b'\]"),
         ({"blocks": True}, ValueError, "layers must be one value or a tree prefix"),
-        (True, ValueError, r"\['rest'\] is marked in layers, and .* outside of the scan"),
+        (True, ValueError, r"\['rest'\] is marked in layers, but .* outside of the scan"),
     ],
 )
 def test_layers_that_are_wrong(layers, error, message):
