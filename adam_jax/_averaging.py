@@ -1,6 +1,6 @@
 """Averages the parameters over time: section 7.2 of Kingma and Ba, arXiv:1412.6980."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

@@ -1,6 +1,6 @@
 """Runs the backward pass of a loss with stacked layers; a consumer gets each layer's gradients."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

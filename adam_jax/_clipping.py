@@ -1,6 +1,6 @@
 """Clips gradients in training steps that never hold all of them at once."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 from typing import Any

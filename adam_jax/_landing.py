@@ -1,6 +1,6 @@
 """Checks, for debugging, that parameters are where the last updates should have brought them."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

@@ -6,7 +6,7 @@ does not need, is the update of a layer. It equals that of the whole tree if bot
 the same operations and none of these mixes layers.
 """
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

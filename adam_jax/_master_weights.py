@@ -1,6 +1,6 @@
 """Trains bfloat16 and float16 parameters as if they had more bits."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

@@ -1,6 +1,6 @@
 """Counts the memory that training needs for weights, gradients and optimizer state."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import collections

@@ -6,7 +6,7 @@ rest is split into one program for each leaf. These programs run in turn: each f
 computes and returns the state before the next one fetches anything.
 """
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import collections

@@ -1,6 +1,6 @@
 """Implements gradient release: each layer is updated as soon as its gradient is computed."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ step. The step falls as (b1 / r)^j, so steps after the first K, with (b1 / r)^K 
 The other variants have sums of the same form.
 """
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import math
@@ -214,11 +214,11 @@ def _power(decay: Decay, steps: jax.Array, dtype: Any) -> RealLeaf:
     if b == 0:
         return (steps == 0).astype(dtype)
     log = math.log(b)
-    high = _high(log)
+    high = _upper_bits(log)
     return jnp.exp(steps * high) * jnp.exp(steps * (log - high))
 
 
-def _high(x: float) -> float:
+def _upper_bits(x: float) -> float:
     """Returns the upper 12 bits of a number, whose product with a number of 12 bits is exact."""
     mantissa, exponent = math.frexp(x)
     return math.ldexp(round(mantissa * 2**12), exponent - 12)

@@ -4,7 +4,7 @@ The bits are a hash of an element's position and of the step. The state holds no
 are the same on every backend, under every sharding, in jit and out of it.
 """
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

@@ -1,6 +1,6 @@
 """Updates tables in which few rows get a gradient, such as embeddings."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import math

@@ -6,7 +6,7 @@ makes of the gradients. Both passes save and compute the same as those of `jax.l
 `jax.checkpoint` around the body has the same effect.
 """
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

@@ -119,10 +119,10 @@ def step_statistics(
     for leaf, path, update, param in zip(names, paths, update_leaves, param_leaves, strict=True):
         if update is not None:
             moments, ratio = stored.get(path, (None, None))
-            kept = _Kept(moments, ratio, remainders.get(path), old_remainders.get(path))
-            kept = fetched(kept)
+            leaf_state = _LeafState(moments, ratio, remainders.get(path), old_remainders.get(path))
+            leaf_state = fetched(leaf_state)
             sizes[leaf] = param.size
-            means[leaf] = _leaf_means(update, param, kept, infinity_norm, of_masters)
+            means[leaf] = _leaf_means(update, param, leaf_state, infinity_norm, of_masters)
 
     overall: dict[str, jax.Array] = {}
     for name in dict.fromkeys(name for of_leaf in means.values() for name in of_leaf):
@@ -143,7 +143,7 @@ class _Ratio(NamedTuple):
     bound: RealLeaf
 
 
-class _Kept(NamedTuple):
+class _LeafState(NamedTuple):
     """What the state has for a leaf; None for whatever it lacks."""
 
     moments: Stored | None
@@ -196,35 +196,38 @@ def _remainders(state: Any) -> dict[KeyPath, Any]:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _leaf_means(
-    update: Leaf, param: Leaf, kept: _Kept, infinity_norm: bool, of_masters: bool
+    update: Leaf, param: Leaf, leaf_state: _LeafState, infinity_norm: bool, of_masters: bool
 ) -> dict[str, jax.Array]:
     """Returns the means over one leaf that make up the statistics, in float32."""
     terms: dict[str, jax.Array] = {}
-    if is_low(param) and (of_masters or kept.remainder is not None):
+    if is_low(param) and (of_masters or leaf_state.remainder is not None):
         with jax.numpy_dtype_promotion("standard"):
             new_param = optax.apply_updates(param, update)
-        master = master_leaf(new_param, kept.remainder)
-        if kept.remainder is not None:
+        master = master_leaf(new_param, leaf_state.remainder)
+        if leaf_state.remainder is not None:
             # As 16 bits of an ulp, whatever its format. Uniform ones are from -1/2 to 1/2 ulp.
             _, remainder = split(master, param.dtype, width=16)
             terms["remainder_use"] = 12 * jnp.square(remainder.astype(jnp.float32) * 2.0**-16)
         if of_masters:
-            param = master_leaf(param, kept.old_remainder)
+            param = master_leaf(param, leaf_state.old_remainder)
             update = master - param
     wide = arithmetic_dtype(update.dtype, param.dtype)
     terms["update_rms"] = abs_sq(update.astype(wide))
     terms["param_rms"] = abs_sq(param.astype(wide))
-    if kept.moments is not None and kept.ratio is not None:
+    if leaf_state.moments is not None and leaf_state.ratio is not None:
         real = real_dtype(wide)
-        codec = codec_of(kept.moments)
-        rows = codec.opened(kept.moments.rows, real)
-        m, v, *_ = codec.read(kept.moments, rows, real)
-        correction, bound = kept.ratio.correction.astype(real), kept.ratio.bound.astype(real)
+        codec = codec_of(leaf_state.moments)
+        rows = codec.opened(leaf_state.moments.rows, real)
+        m, v, *_ = codec.read(leaf_state.moments, rows, real)
+        correction, bound = (
+            leaf_state.ratio.correction.astype(real),
+            leaf_state.ratio.bound.astype(real),
+        )
         size = jnp.where(v == 0, 1, v) if infinity_norm else sqrt(v)
         ratio = jnp.abs(m) * correction / size
         terms["signal_to_noise"] = jnp.square(ratio)
         terms["near_bound"] = ratio > bound / 2
-        terms["nu_at_smallest"] = codec.nu_at_smallest(kept.moments)
+        terms["nu_at_smallest"] = codec.nu_at_smallest(leaf_state.moments)
     return {
         name: jnp.sum(x, dtype=jnp.float32) / float(max(x.size, 1)) for name, x in terms.items()
     }

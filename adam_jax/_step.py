@@ -1,6 +1,6 @@
 """Makes one leaf's step, from its gradient and stored moments to its update and new moments."""
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -107,7 +107,9 @@ def from_torch(
         return array
 
     def in_params(arrays: dict[str, Any]) -> Any:
-        return _moved(lambda x: to_params(jax.tree.map(lambda x: jnp.asarray(x, float), x)), arrays)
+        return _rearranged(
+            lambda x: to_params(jax.tree.map(lambda x: jnp.asarray(x, float), x)), arrays
+        )
 
     trees = {
         field: in_params({name: array(name, slot.fields[field]) for name, slot in slots.items()})
@@ -211,7 +213,7 @@ def to_torch(
             )
             for x in states
         ]
-        return _moved(back, jax.tree.map(lambda *xs: functools.reduce(np.add, xs), *parts))
+        return _rearranged(back, jax.tree.map(lambda *xs: functools.reduce(np.add, xs), *parts))
 
     steps = named(lambda x: jax.tree.map(lambda leaf: np.full(leaf.shape, x.count), x.mu))
     moments = {field: named(operator.attrgetter(field)) for field in _fields(states[0])}
@@ -264,7 +266,7 @@ def _is_raw(
     )
 
 
-def _moved(function: Callable[[Any], Any], tree: Any) -> Any:
+def _rearranged(function: Callable[[Any], Any], tree: Any) -> Any:
     """Returns the result of a function that moves the elements of a tree, with unchanged numbers.
 
     The function may also cast, as parameters are cast to bfloat16. So it gets the bytes of the
@@ -311,14 +313,13 @@ def _slots(
     keys = [(key, group) for group in groups for key in group["params"]]
     # torch.distributed makes states whose keys are names. Since torch 2.6 a group may have names
     # as well as keys. Otherwise only the order connects keys and names.
-    names = [name for group in groups for name in group.get("param_names", group["params"])]
-    if not all(isinstance(name, str) for name in names):
-        names = list(torch_params)
+    found = [name for group in groups for name in group.get("param_names", group["params"])]
+    named = all(isinstance(name, str) for name in found)
+    names = found if named else list(torch_params)
     if len(names) != len(keys) or set(names) != set(torch_params):
         raise ValueError(
-            f"torch's optimizer has {len(keys)} parameters ({', '.join(map(str, names[:3]))}, "
-            f"...), but torch_params has {len(torch_params)} ({', '.join(list(torch_params)[:3])}, "
-            "...). They must be the same."
+            f"torch's optimizer has {len(keys)} parameters ({_first(found)}), but torch_params has "
+            f"{len(torch_params)} ({_first(torch_params)}). They must be the same."
         )
     slots = {}
     for name, (key, group) in zip(names, keys, strict=True):
@@ -331,6 +332,12 @@ def _slots(
                     "continue AMSGrad, and it can continue nothing else."
                 )
     return {name: slots[name] for name in torch_params}
+
+
+def _first(names: Iterable[Any]) -> str:
+    """Returns the first three names as text."""
+    first, more = list(names)[:3], list(names)[3:]
+    return ", ".join([*map(str, first), *["..."] * bool(more)])
 
 
 def _torch_fields(group: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ This module walks and checks trees. `_step.py` has one leaf's step. It includes 
 learning rate, so that an update is rounded once, to the gradient's dtype, at its very end.
 """
 
-# Annotations as text, so that what pickles functions with cloudpickle has no types to pickle.
+# Annotations stay text: cloudpickle then has no types to pickle along with a function.
 from __future__ import annotations
 
 import functools

@@ -380,7 +380,11 @@ def of_amsgrad(torch_state, weights):
     ("broken", "error", "message"),
     [
         (wrong_order, ValueError, r"exp_avg of 'bias' has shape \(64, 96\).*order"),
-        (one_more, ValueError, "has 2 parameters, .* and torch_params 3, weight, bias, head"),
+        (
+            one_more,
+            ValueError,
+            r"has 2 parameters \(0, 1\), but torch_params has 3 \(weight, bias, head\)",
+        ),
         (no_step, ValueError, "no step"),
         (complex_moments, TypeError, "'bias' is complex"),
         (half_a_state, ValueError, "no exp_avg_sq for 'bias', but step, exp_avg"),
