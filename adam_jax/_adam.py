@@ -220,8 +220,9 @@ def adam(
         An optax gradient transformation. Its state equals that of `optax.adam`, leaf for leaf;
         `scale_by_adam` describes it. A leaf whose gradient is `None` gets the update `None` and
         keeps its moments; `optax.apply_updates` accepts that only where the parameter is `None`
-        too. A finite gradient counts as at most 2^63 in magnitude, so its square stays finite. An
-        infinite or NaN gradient poisons the moments, unless `optax.apply_if_finite` keeps it out.
+        too. A finite gradient counts as at most $2^{63}$ in magnitude, so its square stays finite.
+        An infinite or NaN gradient poisons the moments, unless `optax.apply_if_finite` keeps it
+        out.
 
     Raises:
         ValueError: at construction, for a concrete hyperparameter out of range or an unknown
@@ -321,8 +322,9 @@ def nadam(
     This is `adam` with `nesterov=True`. Where Adam steps along $\hat m$, NAdam looks one step of
     $m$ ahead:
 
-    $$\hat m = \frac{\beta_1 m}{1 - \beta_1^{t+1}} + \frac{(1 - \beta_1)\, g}{1 - \beta_1^t},
-    \qquad \text{update} = -\alpha\, \hat m / (\sqrt{\hat v + \epsilon_r} + \epsilon)$$
+    $$\hat m = \frac{\beta_1 m}{1 - \beta_1^{t+1}} + \frac{(1 - \beta_1)\, g}{1 - \beta_1^t}$$
+
+    $$\text{update} = -\alpha\, \hat m / (\sqrt{\hat v + \epsilon_r} + \epsilon)$$
 
     Dozat's report also warms b1 up over the first few hundred steps (torch's `momentum_decay`).
     Neither optax nor this function does. `adam` describes dtypes and storage formats.

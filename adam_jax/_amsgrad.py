@@ -195,18 +195,15 @@ def amsgrad(
 
     This is `adam` with the largest $v$ so far in the denominator. Two orders are in use:
 
-    $$
-    \begin{aligned}
-    \text{raw (torch):}\quad v_\text{max} &\leftarrow \max(v_\text{max}, v)
-    & \hat v &= v_\text{max} / (1 - \beta_2^t) \\
-    \text{corrected (optax):}\quad v_\text{max} &\leftarrow \max(v_\text{max}, v / (1 - \beta_2^t))
-    & \hat v &= v_\text{max}
-    \end{aligned}
-    $$
+    - `maximum="raw"`, as in torch: $v_\text{max} \leftarrow \max(v_\text{max}, v)$, then
+      $\hat v = v_\text{max} / (1 - \beta_2^t)$.
+    - `maximum="corrected"`, as in optax:
+      $v_\text{max} \leftarrow \max(v_\text{max}, v / (1 - \beta_2^t))$, then
+      $\hat v = v_\text{max}$.
 
-    They differ in the first 1 / (1 - b2) steps. "corrected" remembers the very first gradients
-    at full weight and keeps the denominator at their size; "raw" lets the correction fall. A
-    checkpoint written by `optax.amsgrad` continues with `maximum="corrected"`.
+    They differ in the first $1 / (1 - \beta_2)$ steps. "corrected" remembers the very first
+    gradients at full weight and keeps the denominator at their size; "raw" lets the correction
+    fall. A checkpoint written by `optax.amsgrad` continues with `maximum="corrected"`.
 
     Args:
         learning_rate: $\alpha$, in units of the parameters: a number, a schedule (a function of the

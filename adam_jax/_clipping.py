@@ -89,8 +89,9 @@ def _check_layers(tree: Any) -> None:
 def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformationExtraArgs:
     r"""Scales gradients so that their norm over all leaves is at most `max_norm`.
 
-    $$g \leftarrow g \min(1, \text{max\_norm} / \lVert g \rVert), \qquad
-    \lVert g \rVert^2 = \sum_\text{leaves} \sum_i |g_i|^2$$
+    $$g \leftarrow g \min(1, \text{max\_norm} / \lVert g \rVert)$$
+
+    $$\lVert g \rVert^2 = \sum_\text{leaves} \sum_i |g_i|^2$$
 
     This is `optax.clip_by_global_norm` ([Pascanu et al.
     (2013)](https://arxiv.org/abs/1211.5063)) with the norm in float32. `value_and_update` accepts

@@ -91,31 +91,32 @@ def master_weights(
     | `remainder` | bytes per parameter, with $p$ | weights | rounding |
     |---|---:|---|---|
     | `"none"` | 2 | $p$ alone | stochastic, unbiased |
-    | `"int8"` | 3 | 8 more bits: 2^-8 ulp | stochastic, unbiased |
+    | `"int8"` | 3 | 8 more bits: $2^{-8}$ ulp | stochastic, unbiased |
     | `"int16"` | 4 | 16 more bits; with bfloat16 that is exactly float32 | none (see below) |
     | `"float32"` | 6 | exactly float32, for float16 too | none |
 
-    The update is the float32 number p_new - p. `optax.apply_updates` adds in float32 and rounds
-    once, so the parameter lands on p_new exactly. Hence **this must be the outermost wrapper of
-    a chain**: whatever scales or clips its updates makes parameter and remainder disagree, which
-    `check_landing` detects. Updates are float32 even if gradients are bfloat16. `inner` sees
-    float32 gradients and weights, so clipping, decoupled decay and accumulation of gradients also
-    run in float32.
+    The update is the float32 number $p_\text{new} - p$. `optax.apply_updates` adds in float32 and
+    rounds once, so the parameter lands on $p_\text{new}$ exactly. Hence **this must be the
+    outermost wrapper of a chain**: whatever scales or clips its updates makes parameter and
+    remainder disagree, which `check_landing` detects. Updates are float32 even if gradients are
+    bfloat16. `inner` sees float32 gradients and weights, so clipping, decoupled decay and
+    accumulation of gradients also run in float32.
 
     With bfloat16 and `"int16"`, or with `"float32"`, parameter and remainder together are
     bit-identical to the float32 weight that the step computed. Whole runs are bit-identical to
     float32 runs as long as both round alike: in a jitted program XLA may fuse the last product of
     an update with this sum, in one program and not in another, and then leaves out a rounding of
-    less than an ulp of the update. With float16, `"int16"` keeps 2^-16 ulp: exact for weights from
-    2^-17 to 65504, and rounded stochastically to multiples of 2^-40 below. The random bits are a
-    hash of leaf, coordinates and step.
+    less than an ulp of the update. With float16, `"int16"` keeps $2^{-16}$ ulp: exact for weights
+    from $2^{-17}$ to 65504, and rounded stochastically to multiples of $2^{-40}$ below. The random
+    bits are a hash of leaf, coordinates and step.
 
     A finite weight beyond the largest finite parameter (3.39e38 for bfloat16, 65504 for float16)
     becomes that parameter, except with `"float32"`, whose remainder reaches further. Infinity and
     NaN are passed on. Landing is exact with two exceptions. On processors that flush subnormal
-    numbers, as JAX lets CPUs and TPUs do, it may be off by less than 2^-126; elsewhere a bfloat16
-    weight below 2^-134 counts as 0. And a step that cancels all but 2^-16 of a weight may leave the
-    parameter an ulp of the step away from p_new; parameter and remainder still agree.
+    numbers, as JAX lets CPUs and TPUs do, it may be off by less than $2^{-126}$; elsewhere a
+    bfloat16 weight below $2^{-134}$ counts as 0. And a step that cancels all but $2^{-16}$ of a
+    weight may leave the parameter an ulp of the step away from $p_\text{new}$; parameter and
+    remainder still agree.
 
     Leaves in float32, float64 or complex dtypes pass through unchanged. A `None` gradient gives
     a `None` update and leaves the remainder untouched.
@@ -284,12 +285,12 @@ def weights_of(params: optax.Params, state: Any) -> optax.Params:
 def load_master_params(
     master: optax.Params, params: optax.Params, state: Any
 ) -> tuple[optax.Params, Any]:
-    """Returns parameters and a state that represent the given float32 weights.
+    r"""Returns parameters and a state that represent the given float32 weights.
 
     A float32 checkpoint that is only cast to bfloat16 loses 16 of its bits. This function puts them
     into the remainder. `master_params` of the result is `master`: exactly for `"float32"`; within
-    the limits that `master_weights` states for `"int16"`; to half of 2^-8 ulp for `"int8"`. With
-    `"none"` there is no place to keep them, and the parameters are rounded to nearest.
+    the limits that `master_weights` states for `"int16"`; to half of $2^{-8}$ ulp for `"int8"`.
+    With `"none"` there is no place to keep them, and the parameters are rounded to nearest.
 
     The inner optimizer's state stays as it is. Some optimizers of `optax.contrib` store weights,
     their first ones or others: `schedule_free`, `mechanize`, `prodigy`, `dog`, `cocob`. Initialize

@@ -71,7 +71,7 @@ class RowSparseState(NamedTuple):
 
 
 def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> RowSparse:
-    """Trains a table, such as embeddings, by the rows that each step uses.
+    r"""Trains a table, such as embeddings, by the rows that each step uses.
 
     Differentiating `table[ids]` gives a gradient as large as the table, nearly all of it 0. This
     step takes the gradients of the looked-up vectors instead, so its time and memory grow with
@@ -95,12 +95,13 @@ def row_sparse(optimizer: optax.GradientTransformation, exact: bool = False) -> 
       of the whole table can alternate.
     - **Exact** (`exact=True`): the numbers of Adam on the gradient of the whole table, up to
       rounding. In Adam every row moves at every step: a row without a gradient continues along its
-      first moment, which decays as b1^j, and weight decay shrinks it. Each row stores the step that
-      it has reached, and `lookup` and `update` make up for the steps since. They sum up the first K
-      of these, after which less than 1e-8 of the first step is left:
-      K = log(1e-8) / log(b1 / sqrt(b2)), 176 with the default betas. (For `amsgrad` the quotient is
-      b1, for `adamax` it is b1 / b2.) `catch_up` brings all rows up to date, for a checkpoint of
-      the table, or to continue with steps of the whole table on `state.inner_state`.
+      first moment, which decays as $\beta_1^j$, and weight decay shrinks it. Each row stores the
+      step that it has reached, and `lookup` and `update` make up for the steps since. They sum up
+      the first $K$ of these, after which less than $10^{-8}$ of the first step is left:
+      $K = \log 10^{-8} / \log(\beta_1 / \sqrt{\beta_2})$, 176 with the default betas. (For
+      `amsgrad` the quotient is $\beta_1$, for `adamax` it is $\beta_1 / \beta_2$.) `catch_up`
+      brings all rows up to date, for a checkpoint of the table, or to continue with steps of the
+      whole table on `state.inner_state`.
 
     **Ids out of range.** Concrete ids out of range raise an error. For traced ids, in a jitted
     function, `lookup` returns zeros for them, negative ones too, and `update` ignores them, so they
