@@ -96,9 +96,11 @@ def scale_by_adamax(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns AdaMax's direction $\hat m / u$, without learning rate.
 
-    For a chain of your own; `adamax` gives the equations. The state is an `optax.ScaleByAdamState`,
-    as for `scale_by_adam`: `count` (int32, shape ()), `mu` with $m$, and `nu` with $u$. Both are
-    shaped like the parameters, float32 or bfloat16.
+    For a chain of your own; `adamax` gives the equations. The direction has the gradient's sign:
+    scale it by a negative number to descend. The state is an `optax.ScaleByAdamState`: `count`
+    (int32, shape ()), `mu` with $m$, and `nu` with $u$. Both moments are shaped like the
+    parameters, float32 or bfloat16 (wider for wider parameters; a complex parameter's mu is
+    complex).
 
     Args:
         b1: decay rate $\beta_1$ of the first moment, in [0, 1).

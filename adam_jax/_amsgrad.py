@@ -130,9 +130,10 @@ def scale_by_amsgrad(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns AMSGrad's direction, without learning rate.
 
-    For a chain of your own; `amsgrad` gives the equations. The state is an
-    `optax.ScaleByAmsgradState`: `count`, `mu` and `nu` of `scale_by_adam`, and `nu_max`, which
-    holds $v_\text{max}$ and is shaped and stored like `nu`.
+    That is $\hat m / (\sqrt{\hat v + \epsilon_r} + \epsilon)$ with the $\hat v$ of `amsgrad`, for a
+    chain of your own. It has the gradient's sign: scale it by a negative number to descend. The
+    state is an `optax.ScaleByAmsgradState`: `count`, `mu` and `nu` of `scale_by_adam`, and
+    `nu_max`, which holds $v_\text{max}$ and is shaped and stored like `nu`.
 
     Args:
         b1: decay rate $\beta_1$ of the first moment, in [0, 1).

@@ -146,7 +146,7 @@ def test_a_tree_of_rates_in_another_container():
     """As for the State in which Flax NNX has parameters."""
     rates = {"dense": 0.1}
     params = nnx.State(PARAMS)
-    with pytest.raises(ValueError, match="in a State, and this is in a dict: put it into a State"):
+    with pytest.raises(ValueError, match="in a State, but learning_rate is in a dict: use a State"):
         update(adam_jax.adam(rates), params, params)
     update(adam_jax.adam(nnx.State(rates)), params, params)
 
