@@ -171,9 +171,9 @@ class _Scans:
         for i, path in enumerate(self._paths):
             if self._stacked[i] and i not in self._scanned:
                 raise ValueError(
-                    f"parameter {path} is marked in layers but is not among the xs of scan "
-                    "unchanged. Scan over it in the loss, with the loss's argument scan, and cast "
-                    "or reshape a layer inside the scan's body; or pass False for it."
+                    f"parameter {path} is marked in layers but is not among the xs of scan. Scan "
+                    "over the parameter itself, with the loss's argument scan, and cast or reshape "
+                    "a layer inside the scan's body; or pass False for it."
                 )
             if self._stacked[i] and i not in self._consumed:
                 raise ValueError(

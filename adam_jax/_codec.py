@@ -17,10 +17,10 @@ of the value. nu counts in its row's scale s, and mu in q:
     unit = 8.4 sqrt((1 - b1) / (1 + b1)) h(t) sqrt(s)          h(t) = (1 - b1^t) / sqrt(1 - b2^t)
 
 Each row stores its scale and its unit, so codes mean the same at any count and with any betas.
-n sets how fine the codes are: 504 or 252 for nu, 64 or 128 for mu. q is a power of two times the
-unit, so dividing by q adds no error, and q is nearly proportional to sqrt(nu). h(t) is the factor
-by which mu runs ahead of sqrt(nu) in the first steps, and sqrt((1 - b1) / (1 + b1)) the factor by
-which mu is smaller where gradients are noise.
+n sets how fine the codes are: 504 or 252 for nu, 64 or 128 for mu. Apart from the unit, q is a
+power of two, by which division is exact, and q is nearly proportional to sqrt(nu). h(t) is the
+factor by which mu runs ahead of sqrt(nu) in the first steps, and sqrt((1 - b1) / (1 + b1)) the
+factor by which mu is smaller where gradients are noise.
 
 For n = 504, codes of nu are 1/56 to 1/28 of nu apart down to s / 2^9, twice as far down to
 s / 2^18, and so on; the smallest is s / 2^80. Codes of mu are q / 2n apart up to q / 4, four times

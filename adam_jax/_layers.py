@@ -1,4 +1,4 @@
-"""Takes the update of one layer, of parameters that are stacked over layers, from any optimizer.
+"""Extracts from any optimizer the update of one layer of stacked parameters.
 
 The update of the whole tree is traced twice: with all layers, and with one layer of each stack. The
 first trace shows which leaves depend on each other. The second, without the operations that a stack

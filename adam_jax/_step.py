@@ -226,9 +226,9 @@ def _in_one_pass(
 
     XLA for CPU makes one pass for each output of a step. In each of them it would decode, average
     and encode again, with copies of the old moments for the later passes. It does not look through
-    a condition, even one that always holds, so a condition that only the codes pass keeps it from
-    that. XLA for TPU makes one pass of a step if everything after it starts from the codes. XLA for
-    GPU does so anyway, and continues more cheaply from the values.
+    a condition, even one that always holds, so the step is inside one and only its codes come out.
+    XLA for TPU makes one pass of a step if everything after it starts from the codes. XLA for GPU
+    does so anyway, and continues more cheaply from the values.
     """
     advanced = functools.partial(_advanced, algorithm, codec)
     gradient, _, _, rows, draw, _ = args
