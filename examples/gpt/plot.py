@@ -43,7 +43,7 @@ PARTS = {
     "scales": "#999999",
     "remainder": "#56b4e9",
 }
-TEXT = {"font.size": 14, "axes.titlesize": "medium"}  # legible where the figure is 400 px wide
+TEXT: Any = {"font.size": 14, "axes.titlesize": "medium"}  # legible where the figure is 400 px wide
 # Where a legend is, outside of the axes.
 BELOW: dict[str, Any] = {
     "loc": "upper center",

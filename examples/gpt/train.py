@@ -176,7 +176,7 @@ def train(
             disable=None,
         ) as bar,
         SummaryWriter(
-            logdir, write_to_disk=watched, purge_step=saved + 1 if saved else None
+            logdir and str(logdir), write_to_disk=watched, purge_step=saved + 1 if saved else None
         ) as writer,
     ):
         if saved:
