@@ -14,11 +14,11 @@ with install_import_hook("adam_jax._moments", "beartype.beartype"):
     import adam_jax  # noqa: F401
 from adam_jax import _storage
 
-# The same examples in every run: what fails here fails everywhere, and a run says what it tried.
+# Hypothesis draws the same examples in every run, so a failure can be reproduced anywhere.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
-# Sharding needs several devices. This has to be set before the first one is looked for.
+# Sharding needs several devices. JAX reads this option when it first looks for devices.
 jax.config.update("jax_num_cpu_devices", 8)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -47,9 +47,10 @@ def is_fast(item):
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what only --full runs: cases marked `full`, and all but a covering set.
+    """Deselects what only --full runs: cases marked `full`, and all but a covering set.
 
-    Marks as fast what is not slow, and in tests of all optimizers or remainders a few of these.
+    Marks tests that are not slow as `fast`. In tests that run over all optimizers or remainders,
+    only a few of these are fast.
     """
     for item in items:
         if item.path.suffix == ".ipynb" and item.path.name[:2] in LONG_NOTEBOOKS:
@@ -64,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
             cases[item.parent, getattr(item, "originalname", item.name)].append(item)
     kept = set()
     for of_one_test in cases.values():
-        # A module may be marked, with tests in it that have no parameters.
+        # The whole module may have the mark, and some of its tests have no parameters.
         many = len(of_one_test) > 1 and of_one_test[0].get_closest_marker("covering")
         kept.update(covering(of_one_test) if many else of_one_test)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
@@ -72,10 +73,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def covering(items):
-    """The cases of a test that it takes for each value of each of its parameters to occur.
+    """Returns cases of a test in which each value of each of its parameters occurs.
 
-    Of rows of the table of optimizers: for each of their traits to occur, and the fast ones.
-    Names of tests decide among equals, so that other tests meet other combinations.
+    Of the rows of the table of optimizers, each trait occurs, and each fast row. A hash of the
+    test's name breaks ties, so different tests run different combinations.
     """
 
     def parts(param):
@@ -100,7 +101,7 @@ def covering(items):
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request):
-    """Runs a test in both of JAX's modes; the value says whether float64 is available."""
+    """Runs a test in both of JAX's modes; its value is True where float64 is available."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", request.param)
     yield request.param
@@ -109,14 +110,14 @@ def x64(request):
 
 @pytest.fixture
 def standard_promotion():
-    """For tests in which code that is not ours mixes dtypes."""
+    """Lets code of other packages mix dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture(scope="module")
 def small_leaves_in_int8():
-    """For contracts, which hold for leaves of any size: small ones are quicker to test."""
+    """Stores small leaves in int8 too: contracts hold for any size, and small leaves run faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_storage, "SMALLEST_INT8_LEAF", 1)
         patch.setattr(_storage, "SHORTEST_INT8_ROW", 1)

@@ -9,25 +9,25 @@ import adam_jax
 
 
 def params_of(dtype="float32"):
-    """Parameters of many shapes: matrix, stack, scalar, one element, no element, None, nothing."""
+    """Returns parameters of many shapes: matrix, stack, scalar, one or no element, None, empty."""
     shapes = {"kernel": (3, 4), "stack": (2, 2, 3), "scalar": (), "one": (1,), "zero_size": (0, 5)}
     leaves = {name: random(shape, dtype, 0) for name, shape in shapes.items()}
     return leaves | {"none": None, "empty": {}}
 
 
 def few_params_of(dtype="float32"):
-    """The same without two ordinary leaves, which cost most to compile."""
+    """Returns the same without two ordinary leaves, which cost most to compile."""
     return {name: x for name, x in params_of(dtype).items() if name not in ("stack", "one")}
 
 
 def gradients_of(params, steps=None, seed=1):
-    """Gradients shaped like the parameters, with an axis of time in front if `steps` is given."""
+    """Returns gradients like the parameters, with a leading time axis if `steps` is given."""
     time = () if steps is None else (steps,)
     return jax.tree.map(lambda p: random((*time, *p.shape), p.dtype, seed), params)
 
 
 def run_eagerly(optimizer, params, gradients):
-    """The same step by step. What is compiled for a leaf serves all runs of an optimizer."""
+    """Does the same step by step. All runs of an optimizer share what is compiled for a leaf."""
     state, updates = optimizer.init(params), []
     for i in range(len(jax.tree.leaves(gradients)[0])):
         u, state = optimizer.update(jax.tree.map(lambda g, i=i: g[i], gradients), state, params)
@@ -37,13 +37,13 @@ def run_eagerly(optimizer, params, gradients):
 
 
 def run(optimizer, params, gradients):
-    """A whole run in one scan: the updates, stacked along time, and the last state."""
+    """Runs all steps in one scan. Returns the updates, stacked along time, and the last state."""
     _, state, updates = scan(optimizer, params, gradients)
     return updates, state
 
 
 def moments_of(state):
-    """The trees of the state by their names, as far as the optimizer has them."""
+    """Returns those trees of the state that the optimizer has, by name."""
     names = ("mu", "nu", "nu_max", "average")
     found = {name: optax.tree.get_all_with_path(state, name) for name in names}
     trees = {name: tree[0][1] for name, tree in found.items() if tree}

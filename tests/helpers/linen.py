@@ -1,4 +1,4 @@
-"""A training with Linen's own TrainState, of any module and optimizer."""
+"""Trains any module with any optimizer in Linen's own TrainState."""
 
 import jax
 import jax.numpy as jnp

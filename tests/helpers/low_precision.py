@@ -1,4 +1,4 @@
-"""What tests of 16-bit weights share: their numbers, and a step that is given to them."""
+"""Numbers and steps that the tests of 16-bit weights share."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ each_remainder = pytest.mark.parametrize("remainder", REMAINDERS)
 
 
 def bits_of(x):
-    """The patterns of numbers, all NaNs being one."""
+    """Returns the bit patterns of numbers, with one pattern for all NaNs."""
     x = np.asarray(x)
     words = x.view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize]).astype(np.int64)
     infinity = int(np.array(np.inf, x.dtype).view(f"u{x.dtype.itemsize}"))
@@ -37,7 +37,7 @@ def all_numbers(dtype):
 
 
 def ulp(x, dtype):
-    """The distance of `dtype`'s numbers in the binade of x, in double."""
+    """Returns the distance between `dtype`'s numbers in the binade of x, in float64."""
     _, exponent = np.frexp(np.asarray(x, np.float64))
     exponent = np.maximum(exponent - 1, SMALLEST_EXPONENT[dtype])
     return 2.0 ** (exponent - FRACTION_BITS[dtype])
@@ -55,7 +55,7 @@ def log_uniform(n, low, high, seed=0):
 
 @functools.cache
 def given_steps(remainder) -> tuple[Any, Any]:
-    """An optimizer whose steps are what it is given as gradients, and one step of it."""
+    """Returns an optimizer whose updates are its gradients, and one step of it."""
     optimizer = master_weights(optax.identity(), remainder)
 
     @jax.jit
@@ -67,7 +67,7 @@ def given_steps(remainder) -> tuple[Any, Any]:
 
 
 def start(optimizer, master, dtype) -> tuple[Any, Any]:
-    """Parameters and a state that are as close to `master` as they can be."""
+    """Returns parameters and a state whose weights are as close to `master` as possible."""
     params = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), master)
     return load_master_params(master, params, optimizer.init(params))
 

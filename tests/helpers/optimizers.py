@@ -1,7 +1,7 @@
-"""The table of optimizers. Contract tests run over its rows, marked `covering` over some of them.
+"""The table of optimizers. Contract tests run over its rows, those marked `covering` over some.
 
-A new optimizer is one more row: how to make it, and what it should do according to the paper.
-Contracts that concern what is stored run over `STORED_ROWS`, which adds `master_weights`.
+To add an optimizer, add a row: how to make it, and what it should do according to the paper.
+Contracts about storage run over `STORED_ROWS`, which adds `master_weights`.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ class Row:
     name: str
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     reference: Callable[..., Any]  # see reference.trajectory
-    peer: Callable[..., optax.GradientTransformation] | None = None  # optax's, of equal state
+    peer: Callable[..., optax.GradientTransformation] | None = None  # optax's, with the same state
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mu_format: str | None = None  # as asked of the factory
+    mu_format: str | None = None  # as passed to the factory
     nu_format: str | None = None
-    # What storage costs: how far an update may be from the reference after a few steps on a small
-    # leaf, relative to the leaf's largest. Measured, and about doubled.
+    # The cost of storage: how far an update may be from the reference after a few steps on a
+    # small leaf, relative to the leaf's largest entry. About twice the measured distance.
     storage_error: float = 0.0
-    param_dtype: str = "float32"  # which the optimizer is made for
+    param_dtype: str = "float32"  # of the parameters that the optimizer is made for
 
     def __post_init__(self):
         if self.takes("learning_rate"):
@@ -49,7 +49,7 @@ class Row:
         return name in inspect.signature(self.factory).parameters
 
     def make(self, **overrides) -> Any:
-        """The optimizer, with the overrides that it takes; without any, always the same one."""
+        """Returns the optimizer with the overrides it accepts; without any, always the same one."""
         if not overrides:
             return self._made
         return self.factory(**self.settings | self.taken(overrides))
@@ -63,24 +63,24 @@ class Row:
         return self.peer(**{k: v for k, v in self.settings.items() if k != "maximum"})
 
     def updates(self, gradients, params=0.0, **overrides):
-        """The updates that the reference makes in float64 on gradients of shape (time, ...)."""
+        """Returns the reference's updates in float64 for gradients of shape (time, ...)."""
         return self.reference(gradients, params, **self.settings | self.taken(overrides))
 
     @property
     def algorithm(self):
-        """Its name without what is the same for all: scaling alone, and weight decay."""
+        """The name without what algorithms share: scaling alone, and weight decay."""
         return self.name.removeprefix("scale_by_").removesuffix("w")
 
     @property
     def traits(self):
-        """What a covering set of rows has each of: algorithms, in float32, and storage formats."""
+        """The traits a covering set includes: each algorithm in float32, each storage format."""
         found = {(name, self.takes(name)) for name in ("learning_rate", "weight_decay")}
         found |= {("mu", self.mu_format or "float32"), ("nu", self.nu_format or "float32")}
         return found if self.stochastic else found | {("algorithm", self.algorithm)}
 
     @property
     def stochastic(self):
-        """Whether what is stored is rounded stochastically, hence no smooth function."""
+        """Whether stochastic rounding makes the stored state no smooth function."""
         return self.storage_error > 0
 
     def taken(self, overrides):
@@ -154,7 +154,7 @@ ROWS = [
 
 
 def seven_bytes(learning_rate: Any = 1e-2, remainder="int8", **settings):
-    """The setting of 7 bytes per parameter: bfloat16 weights, int8 remainder, int8 moments."""
+    """Returns the setting `7 bytes`: bfloat16 weights, int8 remainder, int8 moments."""
     return adam_jax.master_weights(adam_jax.adamw(learning_rate, **INT8, **settings), remainder)
 
 
@@ -183,8 +183,8 @@ STORED_ROWS = ROWS + [
     for remainder in ("none", "int8", "int16", "float32")
     for moments in ("float32", "bfloat16", "int8")
 ]
-# With every type of state, every format and every remainder; what differs in arithmetic alone is
-# left to --full.
+# Every type of state, every format and every remainder. Rows that differ in arithmetic alone run
+# with --full.
 _LAYOUTS = [
     "adamw",
     "adamax",
@@ -207,7 +207,7 @@ def each(rows):
 
 
 def _layout(row):
-    """A row as a parameter. Its tests share a worker, hence what is compiled for them."""
+    """Returns a row as a parameter. Its tests share a worker, and with it the compiled programs."""
     marks = [pytest.mark.xdist_group(row.name)]
     return pytest.param(
         row, id=row.name, marks=marks if row in LAYOUT_ROWS else [*marks, pytest.mark.full]
@@ -216,5 +216,5 @@ def _layout(row):
 
 each_row = each(ROWS)
 each_row_with_peer = each([row for row in ROWS if row.peer])
-# For tests of where and how state is kept.
+# For tests of where and how state is stored.
 each_layout = pytest.mark.parametrize("row", list(map(_layout, STORED_ROWS)))

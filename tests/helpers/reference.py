@@ -1,4 +1,4 @@
-"""Adam and its variants in NumPy float64, written from the papers alone: what tests compare with.
+"""Adam and its variants in NumPy float64, written from the papers alone, to compare with.
 
 Deliberately naive: the paper's own order of operations, its powers of b, no special cases but the
 one the paper's algorithms need (0 / 0 is no step).
@@ -21,7 +21,7 @@ def trajectory(
     amsgrad=None,
     infinity_norm=False,
 ):
-    """The update of every step: an array shaped like `gradients`, whose first axis is time."""
+    """Returns the update of each step, shaped like `gradients`, whose first axis is time."""
     g_all = np.asarray(gradients)
     g_all = g_all.astype(np.complex128 if np.iscomplexobj(g_all) else np.float64)
     theta = np.broadcast_to(params, g_all.shape[1:]).astype(g_all.dtype)

@@ -1,4 +1,4 @@
-"""As much of torch as the snippets of the documentation use, for places without it."""
+"""Stands in for the parts of torch that the documentation's snippets use, where it is missing."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -31,9 +31,9 @@ class Tensor(np.ndarray):
 
 
 def stand_in_for_torch(shapes):
-    """A module whose one network has weights of these shapes, and whose AdamW has made 7 steps.
+    """Returns a module with one network of these weight shapes and an AdamW after 7 steps.
 
-    Whatever else is done with the network, such as a forward and a backward pass, does nothing.
+    All else that a snippet does with the network, such as a forward pass, has no effect.
     """
     rng = np.random.default_rng(0)
     weights = {

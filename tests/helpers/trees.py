@@ -12,12 +12,12 @@ import optax
 
 
 def untyped(x: Any) -> Any:
-    """Return x; optax types its states as trees of arrays, without their fields."""
+    """Returns x without its type: optax types its states as trees of arrays, without fields."""
     return x
 
 
 def random(shape, dtype="float32", seed=0):
-    """Normal numbers; real and imaginary parts if the dtype is complex."""
+    """Returns normal numbers; real and imaginary parts if the dtype is complex."""
     rng = np.random.default_rng([seed, *shape])
     x = rng.standard_normal(shape)
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -26,12 +26,12 @@ def random(shape, dtype="float32", seed=0):
 
 
 def normal(*shape, seed=0):
-    """Normal numbers in float32, as a NumPy array."""
+    """Returns normal numbers in float32, as a NumPy array."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def random_tree(shapes, dtype="float32", seed: int | Sequence[int] = 0, time=()):
-    """A leaf of normal numbers for each shape; `time` is put in front of all shapes."""
+    """Returns a leaf of normal numbers for each shape; `time` precedes all shapes."""
     rng = np.random.default_rng(seed)
     return {
         name: jnp.asarray(rng.standard_normal((*time, *shape)), dtype)
@@ -40,22 +40,22 @@ def random_tree(shapes, dtype="float32", seed: int | Sequence[int] = 0, time=())
 
 
 def short_tree(shapes, dtype="float32", seed=0):
-    """The same in 8 significant bits, so that squares are exact in float32."""
+    """Does the same in 8 significant bits, so squares are exact in float32."""
     return jax.tree.map(lambda x: x.astype(dtype), random_tree(shapes, "bfloat16", seed))
 
 
 def widened(tree):
-    """The tree in float32."""
+    """Returns the tree in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def dtypes_of(tree):
-    """The tree of its dtypes."""
+    """Returns the tree of its dtypes."""
     return jax.tree.map(lambda x: x.dtype, tree)
 
 
 def step_of(optimizer, **options):
-    """A jitted step: (params, state, gradients) to new parameters and state."""
+    """Returns a jitted step: (params, state, gradients) to new parameters and state."""
 
     @functools.partial(jax.jit, **options)
     def step(params, state, gradients):
@@ -66,7 +66,7 @@ def step_of(optimizer, **options):
 
 
 def scan(optimizer, params, gradients):
-    """A run in one scan over gradients, whose first axis is time.
+    """Runs all steps in one scan over gradients, whose first axis is time.
 
     Returns parameters and state after the last step, and the update of each step.
     """
@@ -78,7 +78,7 @@ def scan(optimizer, params, gradients):
 
 @functools.lru_cache(maxsize=64)
 def _jitted_scan(optimizer):
-    """A function for each optimizer, so that its runs on trees of the same shapes compile once."""
+    """Returns one function per optimizer: its runs on trees of the same shapes compile once."""
 
     @jax.jit
     def run(params, state, gradients):
@@ -93,7 +93,7 @@ def _jitted_scan(optimizer):
 
 
 def directions(optimizer, gradients):
-    """The update of each step, and the last state, of a run that needs no parameters."""
+    """Returns each step's update and the last state, of a run that needs no parameters."""
 
     @jax.jit
     def run(gradients):
@@ -105,7 +105,7 @@ def directions(optimizer, gradients):
 
 
 def descend(optimizer, gradient, start, inputs):
-    """The parameters and states after each step; each step's gradient sees one of the inputs."""
+    """Returns parameters and states after each step; each step's gradient sees one input."""
 
     @jax.jit
     def run(start, inputs):
@@ -121,13 +121,13 @@ def descend(optimizer, gradient, start, inputs):
 
 
 def largest_error(actual, desired):
-    """The largest error of directions, relative to each, or to 0.05 where that is small."""
+    """Returns the largest error of directions, relative to each, or to 0.05 where it is small."""
     difference = np.abs(np.asarray(actual, np.float64) - desired)
     return np.max(difference / np.maximum(np.abs(desired), 0.05))
 
 
 def assert_close(actual, desired, rtol):
-    """Trees equal up to `rtol` times the largest entry of each leaf."""
+    """Asserts that trees are equal up to `rtol` times the largest entry of each leaf."""
 
     def check(a, d):
         dtype = np.complex128 if np.iscomplexobj(d) else np.float64
@@ -138,7 +138,7 @@ def assert_close(actual, desired, rtol):
 
 
 def assert_same_bits(tree, desired):
-    """Trees of equal types and dtypes whose leaves are bit-identical."""
+    """Asserts that trees have equal types and dtypes, and bit-identical leaves."""
     chex.assert_trees_all_equal_structs(tree, desired)
     for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(desired), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
