@@ -1,4 +1,4 @@
-"""Compiling for a TPU and a GPU that are not here, by their compilers alone."""
+"""Compiles for a TPU and a GPU by their compilers alone, without the devices."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ MISSING = [name for module, name in COMPILERS.items() if importlib.util.find_spe
 if MISSING:
     collect_ignore_glob = ["*.py"]
 else:
-    # What looks for devices finds the CPU; and processes that each load a compiler may.
+    # JAX finds the CPU alone as a device, and several processes may each load a compiler.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

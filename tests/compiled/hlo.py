@@ -1,7 +1,7 @@
-"""The text of a program that XLA compiled: parsed, and run in NumPy.
+"""Parses the text of a program that XLA compiled, and runs it in NumPy.
 
-NumPy runs what a compiler made for a device that is not here. It knows the operations that an
-optimizer's step is made of, and no others.
+This runs programs that were compiled for an absent device. It knows the operations that an
+optimizer's step consists of, and no others.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """A type: dtype, shape, and where the array lies, in the words of the compiler."""
+    """A type: dtype, shape and layout, the last in the compiler's notation."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Array:
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
-    arrays: tuple[Array, ...]  # its result's, more than one for a tuple
+    arrays: tuple[Array, ...]  # of its result; several for a tuple
     operation: str
     operands: tuple[str, ...]  # names
     literal: str  # what is between the parentheses
@@ -53,7 +53,7 @@ class Instruction:
         return found and found[1]
 
     def numbers(self, name):
-        """An attribute such as dimensions={0,1}."""
+        """Returns the numbers of an attribute such as dimensions={0,1}."""
         found = self.attribute(name, r"\{([\d,]*)\}")
         return tuple(map(int, found.split(","))) if found else ()
 
@@ -100,24 +100,24 @@ class Program:
 
     @functools.cached_property
     def aliased(self):
-        """The numbers of the parameters over which results are written, by result's number."""
+        """The number of each result, and of the parameter that it overwrites."""
         header = self.text.partition("\n")[0]
         pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
         return {int(result or 0): int(parameter) for result, parameter in pairs}
 
     def operations(self):
-        """All operations, of all computations."""
+        """Returns the operations of all computations."""
         return {x.operation for c in self.computations.values() for x in c.instructions.values()}
 
     def run(self, *arguments):
-        """The results for NumPy arrays as arguments, as a list."""
+        """Returns a list of the results for NumPy arrays as arguments."""
         with np.errstate(all="ignore"):
             results = self._run(self.entry, arguments)
         return list(results) if isinstance(results, tuple) else [results]
 
     def _run(self, computation, arguments):
         values = {}
-        for x in computation.instructions.values():  # which are in an order that can be run
+        for x in computation.instructions.values():  # already in an order that can be run
             if x.operation == "parameter":
                 values[x.name] = arguments[int(x.literal)]
             else:
@@ -157,7 +157,7 @@ class Program:
                 literal = x.literal.strip("{ }")
                 if dtype == np.bool_:
                     return np.full(shape, literal == "true")
-                # Through float64 a large integer would be rounded.
+                # float64 would round a large integer.
                 number = int(literal) if re.fullmatch(r"-?\d+", literal) else float(literal)
                 return np.full(shape, number).astype(dtype)
             case "iota":
@@ -208,7 +208,7 @@ def _logical_shift_right(x, by):
 
 
 def _truncated(x, y):
-    """Division as XLA has it: of integers towards zero."""
+    """Divides as XLA does: integers round towards zero."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return x / y
     assert jnp.issubdtype(x.dtype, jnp.unsignedinteger)
@@ -260,7 +260,7 @@ def _arrays(kind):
 
 
 def _closed(text):
-    """What comes before the parenthesis that closes one before the text, and what after."""
+    """Splits the text at the parenthesis that closes one opened before it."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")

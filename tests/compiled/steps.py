@@ -1,4 +1,4 @@
-"""The steps that are compiled for other devices: which, and what can be wrong with a program."""
+"""Lists the steps to compile for other devices, and finds faults in the programs."""
 
 import collections
 import dataclasses
@@ -22,9 +22,9 @@ WEIGHTS = (
     ("bfloat16", None),
     *(("bfloat16", remainder) for remainder in ("none", "int8", "int16", "float32")),
 )
-# Square and aligned, an embedding's (odd), a stack of layers, a convolution's.
+# A square aligned matrix, an embedding of odd size, a stack of layers, a convolution.
 SHAPES = ((4096, 4096), (50257, 768), (12, 768, 3072), (3, 3, 512, 512))
-LARGE = 100_000  # elements; of biases and norms a step may make what it likes
+LARGE = 100_000  # elements; biases and norms are smaller and not checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Setting:
         return inner if remainder is None else adam_jax.master_weights(inner, remainder)
 
     def step(self):
-        """The end of a training step: from gradients to new parameters and state, in place."""
+        """Returns the end of a step: from gradients to new parameters and state, in place."""
         optimizer = self.optimizer()
 
         def step(params, state, gradients):
             updates, state = optimizer.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
-        # Unused arguments too, so that a program's are the leaves, in order.
+        # With unused arguments too, the program's parameters are all leaves, in order.
         return jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
 
     def params(self, shapes=None):
@@ -65,14 +65,14 @@ class Setting:
 
 
 def grid():
-    """Every optimizer x every format that it takes x every kind of weights x every shape."""
+    """Returns every optimizer x each format it accepts x every kind of weights x every shape."""
     settings = []
     rows = [row for row in ROWS if (row.mu_format, row.nu_format) == (None, None)]
     for row, mu, nu in itertools.product(rows, FORMATS, FORMATS):
         formats = {"mu_dtype": mu, "nu_dtype": nu}
         try:
             row.make(**formats)
-        except ValueError:  # refused, which tests/test_storage.py is about
+        except ValueError:  # refused: tests/test_storage.py tests refusals
             continue
         if all(format is None or row.takes(name) for name, format in formats.items()):
             settings += [
@@ -83,7 +83,7 @@ def grid():
 
 
 def covering(settings):
-    """So few that each two of algorithm, formats, weights and shape meet, with all optimizers."""
+    """Selects few: all optimizers, and each pair of algorithm, formats, weights and shape."""
 
     def pairs(setting):
         formats = setting.mu_format, setting.nu_format
@@ -94,10 +94,10 @@ def covering(settings):
 
 
 def faults(compiled, params, state, gradients_read_twice):
-    """What is wrong with a compiled step, in words; nothing, if it is as it should be.
+    """Returns what is wrong with a compiled step, in words.
 
-    `gradients_read_twice` says of which leaves it may be read once more, for the largest of each
-    row. Leaves are told apart by their sizes: a leaf is an array of its size.
+    `gradients_read_twice` lists the leaves whose gradients may be read once more, for the largest
+    of each row. An array is taken for the leaf that has its size.
     """
     program = Program(compiled.as_text())
     return [
@@ -111,7 +111,7 @@ def faults(compiled, params, state, gradients_read_twice):
 def _not_in_place(program, params, state):
     parameters = program.entry.parameters
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path((params, state))):
-        if leaf.ndim == 0:  # nothing is lost with 4 bytes
+        if leaf.ndim == 0:  # only 4 bytes
             continue
         over = program.aliased.get(i)
         if over is None or parameters[over].arrays[0].shape != leaf.shape:
@@ -134,7 +134,7 @@ def _unwanted(program):
 
 
 def _passes(program, params, gradients_read_twice):
-    """Passes over large leaves beyond the one that updates each of them."""
+    """Yields passes over large leaves beyond the one that updates each of them."""
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     counts = collections.Counter(size for size in sizes if size >= LARGE)
     again = collections.Counter(leaf.size for leaf in gradients_read_twice)
@@ -148,7 +148,7 @@ def _passes(program, params, gradients_read_twice):
                 writes.append(x)
             elif any(array.size == size for name in x.operands for array in entry[name].arrays):
                 reads.append(x)
-        # Fewer, where the compiler has put leaves of a shape into one fusion.
+        # There are fewer where the compiler has fused leaves of one shape.
         if len(writes) > count or any(x.operation != "fusion" for x in writes):
             yield f"{len(writes)} passes over {count} leaves of {size}: {_names(writes)}"
         if len(reads) > again[size]:
@@ -156,10 +156,10 @@ def _passes(program, params, gradients_read_twice):
 
 
 def _moves(x):
-    """Whether an operation only moves an array into a TPU's vector memory, or out of it.
+    """Returns whether an operation only moves an array into a TPU's vector memory, or out of it.
 
-    That is where a fusion works, so that what has been moved before need not be read by it. The
-    compiler marks arrays there with S(1); a copy within the main memory would be a pass.
+    A fusion works in that memory and reads nothing that was moved there before. The compiler
+    marks arrays there with S(1); a copy within the main memory would be a pass.
     """
     if (
         x.operation.endswith("-done")

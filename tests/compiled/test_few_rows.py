@@ -27,7 +27,7 @@ KINDS = {
 
 
 def problem(kind):
-    """The rows' optimizer, table and state, and a batch, as shapes."""
+    """Returns the rows' optimizer, table and state, and a batch, as shapes."""
     optimizer, exact = KINDS[kind]
     rows = adam_jax.row_sparse(optimizer, exact)
     dtype = jnp.bfloat16 if kind == "five bytes" else jnp.float32
@@ -41,7 +41,7 @@ def bytes_of(tree):
 
 
 def copies(compiled):
-    """Copies, conversions and transpositions as large as the table."""
+    """Returns copies, conversions and transpositions as large as the table."""
     program = Program(compiled.as_text())
     return [
         x
@@ -65,8 +65,8 @@ def copies(compiled):
         ("h100", "exact", 0.025),
     ],
 )
-def test_a_step_is_in_place_with_temporaries_for_its_rows(target, kind, tables):
-    """Temporaries are given in float32 tables."""
+def test_a_step_works_in_place_with_temporaries_for_its_rows(target, kind, tables):
+    """The unit of temporaries is a float32 table."""
     rows, table, state, batch = problem(kind)
     jitted = jax.jit(rows.update, donate_argnums=(2, 3), keep_unused=True)
     compiled = compile_for(target, jitted, *batch, table, state)
@@ -87,7 +87,7 @@ def test_a_step_is_in_place_with_temporaries_for_its_rows(target, kind, tables):
     ],
     ids=str,
 )
-def test_what_is_communicated_grows_with_the_ids(topology, axes, spec, kind):
+def test_communication_grows_with_the_ids(topology, axes, spec, kind):
     """The batch is divided among the chips; table and state are divided by rows or columns."""
     rows, table, state, batch = problem(kind)
     mesh = Mesh(np.array(tpu(topology)).ravel(), ("data",), axis_types=(axes,))

@@ -13,7 +13,7 @@ import adam_jax
 
 @pytest.fixture(autouse=True)
 def as_a_user():
-    """JAX as users have it, without the strictness of these tests."""
+    """Runs JAX with its default settings, without the strictness of these tests."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -47,7 +47,7 @@ def test_llama_8b_fits_one_gpu_in_5_bytes_and_not_with_optax():
         assert sum(found.parts[part] for part in PARTS) == pytest.approx(found.peak)
 
 
-def test_parts_are_those_that_memory_usage_counts():
+def test_parts_agree_with_memory_usage():
     case = Case("llama-8b", "h100:8", zero=True)
     model, training = MODELS[case.model], trainings(case)["5 bytes"]
     found = measure(case, model, training, batch=1)
@@ -55,19 +55,19 @@ def test_parts_are_those_that_memory_usage_counts():
         training.setting, model.params(training.setting.dtype), layers=model.stacked
     )
     assert found.parts["weights"] == one.weights
-    # Divided by 8, but for scales of rows that are divided, which each device has all of.
+    # Divided by 8, except the scales of divided rows: each device holds all of these.
     assert found.parts["gradients"] == pytest.approx(one.gradients / 8, rel=0.01)
     assert found.parts["state"] == pytest.approx(sum(one.state.values()) / 8, rel=0.01)
 
 
 @pytest.mark.full
-def test_what_the_compiler_says_is_the_result_where_a_chip_is_too_small():
+def test_the_compiler_s_refusal_is_the_result_for_a_small_chip():
     found = outcome(Case("llama-8b", "v5e"), "5 bytes")
     assert "RESOURCE_EXHAUSTED" in found.refusal
     assert not found.fits
     assert math.isnan(found.peak)
 
 
-def test_cases_are_of_models_and_devices_that_exist():
+def test_every_model_and_every_device_has_a_case():
     assert {case.model for case in CASES} == MODELS.keys()
     assert {case.chip for case in CASES} == CAPACITY.keys()

@@ -25,14 +25,14 @@ LAYERS = 8
 
 
 def unrolled(params, x):
-    """The loss of a network whose layers are leaves of their own."""
+    """Returns the loss of a network in which each layer has its own leaves."""
     for w in params:
         x = x + jnp.tanh(x @ w)
     return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
 
 def memory_of(optimizer, params, batch, step, chips=1):
-    """The compiler's account of a step in place, in bytes per parameter."""
+    """Returns the compiler's figures for a step in place, in bytes per parameter."""
     mesh = Mesh(np.array(tpu("v5e:2x2")[:chips]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -54,15 +54,15 @@ def memory_of(optimizer, params, batch, step, chips=1):
 
 
 def check_host(memory, state):
-    """All of the state is in host memory, where it is written over, and nothing else is."""
+    """Asserts that all state, and nothing else, is in host memory and updated in place there."""
     assert state <= memory["host_argument"] < 1.01 * state
     assert memory["host_alias"] == pytest.approx(memory["host_argument"], rel=1e-3)
     assert memory["host_temp"] == 0
 
 
 @pytest.mark.parametrize("name", first(2, ["7 bytes", "float32", "int8"]))
-def test_leaf_by_leaf(name):
-    """Temporaries are the gradients and two leaves of state at most."""
+def test_leaves_are_fetched_one_by_one(name):
+    """Temporaries are at most the gradients and two leaves of state."""
     inner, dtype, state = OPTIMIZERS[name]
     optimizer = adam_jax.offload(inner)
     params = [jax.ShapeDtypeStruct((2048, 2048), dtype)] * LAYERS
@@ -73,8 +73,8 @@ def test_leaf_by_leaf(name):
 
 
 @pytest.mark.parametrize("name", first(1, ["float32", "int8"]))
-def test_after_the_norm_of_all_gradients(name):
-    """Which are all there then, before anything is fetched."""
+def test_no_leaf_is_fetched_before_the_norm_of_all_gradients(name):
+    """All gradients exist before the first leaf of state is fetched."""
     inner, dtype, state = OPTIMIZERS[name]
     optimizer = adam_jax.offload(optax.chain(optax.clip_by_global_norm(1.0), inner))
     params = [jax.ShapeDtypeStruct((2048, 2048), dtype)] * LAYERS
@@ -87,8 +87,8 @@ def test_after_the_norm_of_all_gradients(name):
 @pytest.mark.parametrize(
     ("name", "chips"), first(2, [("7 bytes", 1), ("float32", 4), ("float32", 1), ("int8", 1)])
 )
-def test_layer_by_layer(name, chips):
-    """With gradient release, of the gradients too one layer's are there at a time."""
+def test_layers_are_fetched_one_by_one(name, chips):
+    """With gradient release, only one layer's gradients exist at a time too."""
     inner, dtype, state = OPTIMIZERS[name]
     optimizer = adam_jax.offload(inner)
     model = mlp(1024, tokens=64)

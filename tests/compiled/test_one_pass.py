@@ -1,6 +1,6 @@
 """Compiled for a TPU and a GPU, a step is one pass over each leaf, in place.
 
-All that is asserted is read from the compiled program.
+Each assertion reads the compiled program.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ def faults_of(target, setting, params, **options):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_leaf_is_updated_in_one_pass(target, setting, request):
     if target == "v5e" and setting.row.name == "average_params" and setting.weights[1]:
-        # Neither is ours alone: what both keep is made of one float32 weight, and XLA for TPU
-        # stores it for a second pass.
+        # Either alone takes one pass. Together both read one float32 weight, which XLA for TPU
+        # stores for a second pass.
         request.applymarker(pytest.mark.xfail(strict=True, reason="two passes on a TPU"))
     assert faults_of(target, setting, setting.params()) == []
 
@@ -48,10 +48,10 @@ INT8 = "int8", "int8"
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", [adamw(), adamw(INT8), adamw(INT8, ("bfloat16", "int8"))], ids=str)
 def test_gpt2_is_updated_in_one_pass_over_each_leaf(target, kind, request):
-    """124M parameters in 148 leaves; without --full, with 2 of its 12 layers."""
+    """124M parameters in 148 leaves; 2 of its 12 layers without --full."""
     layers = 12 if request.config.getoption("full") else 2
     if target == "v5e" and kind.nu_format == "int8":
-        # For single leaves it has none.
+        # Programs for single leaves have none.
         reason = "a TPU's program for many leaves has 0.2 to 0.4 bytes of temporaries per parameter"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     assert faults_of(target, kind, kind.params(gpt2(768, 50257, 1024, layers))) == []
@@ -59,7 +59,7 @@ def test_gpt2_is_updated_in_one_pass_over_each_leaf(target, kind, request):
 
 @pytest.mark.parametrize("kind", [adamw(INT8), adamw(INT8, ("bfloat16", "int8"))], ids=str)
 def test_temporaries_of_many_leaves_come_from_prefetching(kind):
-    """Which is the compiler's choice: without it there are none."""
+    """The compiler chooses to prefetch; without prefetching there are no temporaries."""
     params = kind.params(gpt2(768, 50257, 1024, 2))
     assert faults_of("v5e", kind, params, xla_vf_vmem_max_outstanding_prefetches="0") == []
 
@@ -68,7 +68,7 @@ def test_temporaries_of_many_leaves_come_from_prefetching(kind):
 
 
 def faults_of_broken(target, transform, setting=None, **options):
-    """What is found in a step of which `transform` makes another."""
+    """Returns the faults of a step that `transform` has changed."""
     setting = setting or adamw(INT8)
     params = setting.params()
     optimizer = setting.optimizer()
@@ -87,12 +87,12 @@ def as_it_should_be(apply, params, updates, state):
 
 
 def with_a_barrier(apply, params, updates, state):
-    """Updates are made in one pass and added in another."""
+    """Makes the updates in one pass and adds them in another."""
     return apply(params, jax.lax.optimization_barrier(updates)), state
 
 
 def with_a_norm(apply, params, updates, state):
-    """Clipped after the step, when it could be before: all updates have to be made first."""
+    """Clips after the step instead of before it: all updates have to be made first."""
     norm = optax.tree.norm(updates)
     return apply(params, jax.tree.map(lambda u: u / jnp.maximum(norm, 1), updates)), state
 
@@ -106,7 +106,7 @@ def test_a_broken_fusion_is_found(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_is_not_donated_is_found(target):
+def test_a_missing_donation_is_found(target):
     found = faults_of_broken(target, as_it_should_be, donate_argnums=(0,))
     in_place = [fault for fault in found if "not updated in place" in fault]
     assert [fault.split()[0] for fault in in_place] == [

@@ -1,4 +1,4 @@
-"""Compiled for a TPU and a GPU, gradient release has one layer's gradients and copies no stack."""
+"""Compiled for a TPU and a GPU, gradient release holds one layer's gradients, copies no stack."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def problem(model, layers, kind):
 
 
 def copied_stacks(compiled, params):
-    """Copies and conversions that are as large as a stack of matrices."""
+    """Returns copies and conversions as large as a stack of matrices."""
     sizes = {x.size for x in jax.tree.leaves(params) if x.ndim == 3}
     program = Program(compiled.as_text())
     fused = {
@@ -66,7 +66,7 @@ def copied_stacks(compiled, params):
         ],
     ),
 )
-def test_one_layer_s_gradients_at_a_time(name, layers, kind, target):
+def test_only_one_layer_s_gradients_exist_at_a_time(name, layers, kind, target):
     """Parameters and state are updated in place, with as many products as in the plain step."""
     model = MODELS[name]
     optimizer, params, state, batch = problem(model, layers, kind)
@@ -93,7 +93,7 @@ def test_one_layer_s_gradients_at_a_time(name, layers, kind, target):
     ),
 )
 def test_accumulated_gradients_are_in_one_buffer(target, buffer):
-    """With a layer's gradients and activations beside it, and no other tree of gradients."""
+    """The step adds one layer's gradients and activations, and no other tree of gradients."""
     way = ways()[f"accumulated_value_and_grad, layers=True, {buffer}"]
     _, temporaries, _ = map(float, account(target, *way))
     size = jnp.dtype(buffer).itemsize
@@ -112,8 +112,8 @@ def test_accumulated_gradients_are_in_one_buffer(target, buffer):
     ],
     ids=str,
 )
-def test_on_a_mesh_a_chip_has_one_layer_s_gradients(placement, axes, topology):
-    """Collectives are of one layer; gradients that the chips add up are those of one layer too."""
+def test_a_chip_of_a_mesh_holds_one_layer_s_gradients(placement, axes, topology):
+    """Each collective works on one layer, and so does each sum of gradients over chips."""
     model, layers = mlp(1024, tokens=1024), 16
     optimizer, params, state, batch = problem(model, layers, "7 bytes")
     mesh = Mesh(np.array(tpu(topology)).ravel(), ("data",), axis_types=(axes,))
@@ -160,8 +160,8 @@ def collectives(compiled):
 
 
 @pytest.mark.full
-def test_a_model_fits_that_does_not_with_the_plain_step():
-    """2.5e9 parameters, in 17 GB with gradients of all layers, and a chip that has 16."""
+def test_a_model_fits_that_is_too_large_for_the_plain_step():
+    """2.5e9 parameters take 17 GB with the gradients of all layers; the chip has 16."""
     model = gpt(2560, 20, tokens=256)
     optimizer, params, state, batch = problem(model, 32, "7 bytes")
     steps = both_steps(model.loss, optimizer)

@@ -1,6 +1,6 @@
-"""What is compiled for a TPU and a GPU computes what this CPU computes.
+"""Programs compiled for a TPU and a GPU compute the same numbers as this CPU.
 
-The compiled programs are run in NumPy, which does as they say, operation by operation.
+NumPy runs the compiled programs operation by operation.
 """
 
 import jax
@@ -24,11 +24,11 @@ def random(like, seed):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_program_computes_what_the_cpu_does(target, setting):
+def test_the_program_agrees_with_the_cpu(target, setting):
     params = random(setting.params(SHAPES), 0)
     state = setting.optimizer().init(params)
     step = setting.step()
-    params, state = step(params, state, random(params, 1))  # a step later, all of state is there
+    params, state = step(params, state, random(params, 1))  # after a step no state is zero
     gradients = random(params, 2)
     program = Program(compile_for(target, step, params, state, gradients).as_text())
     results = program.run(*map(np.asarray, jax.tree.leaves((params, state, gradients))))
@@ -40,7 +40,7 @@ def test_the_program_computes_what_the_cpu_does(target, setting):
 
 
 def decoded(params, state):
-    """The numbers that parameters and state stand for, as NumPy arrays."""
+    """Returns the numbers that parameters and state stand for, as NumPy arrays."""
     if isinstance(state, adam_jax.MasterWeightsState):
         params = adam_jax.master_params(params, state)
         state = state.inner_state
@@ -49,7 +49,7 @@ def decoded(params, state):
 
 
 def disagreements(x, y):
-    """How many elements differ by more than rounding at the end of a step explains.
+    """Counts the elements that differ by more than rounding at the end of a step explains.
 
     XLA contracts products and sums on a CPU, so float32 arithmetic differs in its last bits; and it
     may add an update to a bfloat16 parameter before it is rounded to bfloat16.
@@ -61,13 +61,13 @@ def disagreements(x, y):
 
 
 def naive_remainder(x):
-    """What a cast to bfloat16 loses; on a GPU, XLA takes the casts for superfluous."""
+    """Returns what a cast to bfloat16 loses; XLA for GPU removes the casts."""
     return x - x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 @pytest.mark.parametrize(("target", "lost"), [("v5e", False), ("h100", True)])
-def test_a_remainder_that_the_compiler_optimises_away_is_seen(target, lost):
-    """Which it is, on a GPU, if it is written so."""
+def test_a_remainder_that_the_compiler_removes_is_found(target, lost):
+    """XLA for GPU removes a remainder that is written in this way."""
     x = jnp.linspace(1.0, 2.0, 1000)
     program = Program(compile_for(target, jax.jit(naive_remainder), x).as_text())
     (found,) = program.run(np.asarray(x))

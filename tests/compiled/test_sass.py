@@ -1,4 +1,4 @@
-"""The machine instructions that an H100 executes are those that a program must have."""
+"""The counts of an H100's machine instructions agree with what a program has to compute."""
 
 import arithmetic
 import jax
@@ -17,7 +17,7 @@ def test_a_sum_has_one_addition_for_each_element():
     assert (counts["LDG"], counts["STG"]) == (X.size / 2, X.size / 4)
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_instructions_in_a_loop_count_once_for_each_iteration():
     # Each thread loops over rows. Then a warp's 32 threads take 5 maxima of their two columns each.
     counts = sass.count(jax.jit(lambda x: jnp.max(x, axis=0)), X)
     assert counts["FMNMX"] / X.size == pytest.approx(1, abs=0.05)

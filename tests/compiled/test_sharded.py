@@ -1,4 +1,4 @@
-"""Compiled for a TPU's chips together: state in parts (ZeRO-1), and what is communicated for it."""
+"""Compiled for several TPU chips: how ZeRO-1 divides the state, and what it communicates."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def placed(tree, shardings):
 
 
 def zero_1(topology, axes, kind, shapes):
-    """A mesh of all chips; optimizer; parameters, replicated; their state, in parts."""
+    """Returns a mesh of all chips, the optimizer, replicated parameters, their divided state."""
     optimizer, dtype = KINDS[kind]
     mesh = Mesh(np.array(tpu(topology)).ravel(), ("data",), axis_types=(axes,))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -46,7 +46,7 @@ def zero_1(topology, axes, kind, shapes):
 
 
 def compiled_step(step, params, state, *args):
-    """The step, with parameters and state where they were before it."""
+    """Compiles the step; parameters and state stay where they were before it."""
     out_shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
     traced = jitted.trace(params, state, *args)
@@ -54,7 +54,7 @@ def compiled_step(step, params, state, *args):
 
 
 def collectives(compiled):
-    """All collective operations, with the name of the computation that each is in."""
+    """Returns all collective operations, each with the name of its computation."""
     kinds = ("all-gather", "all-reduce", "all-to-all", "collective-", "reduce-scatter", "ragged-")
     return [
         (name, x)
@@ -72,10 +72,10 @@ def bytes_of(tree):
 @each_kind
 @each_axis_type
 @each_topology
-def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, axes, kind):
-    """Gradients come as a reduce-scatter has left them: in the parts of the state.
+def test_a_chip_holds_its_part_and_gathers_only_parameters(topology, axes, kind):
+    """Gradients arrive as a reduce-scatter leaves them, divided like the state.
 
-    Parameters of 16 bits are gathered as such, not as updates of 32.
+    16-bit parameters are gathered as they are, not as 32-bit updates.
     """
     mesh, optimizer, params, state = zero_1(topology, axes, kind, SHAPES)
 
@@ -87,10 +87,10 @@ def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, axes, kind
     compiled = compiled_step(step, params, state, placed(params, parts))
     memory = compiled.memory_analysis()
     assert memory is not None
-    # What belongs to divided rows is not: 8 bytes for each row of the embedding's 768.
+    # Scales and units of divided rows are not divided: 8 bytes for each of the embedding's rows.
     rows = 8 * SHAPES[1][0] if kind != "float32" else 0
     expected = bytes_of(params) + (bytes_of(params) + bytes_of(state)) / mesh.size + rows
-    # A TPU keeps arrays in tiles: an embedding's part of 48 columns takes the room of 128.
+    # A TPU keeps arrays in tiles: an embedding's part of 48 columns takes as much as 128.
     padding = 1.02 if topology == "v5e:2x2" else 1.25
     assert memory.argument_size_in_bytes < padding * expected
     for _, x in collectives(compiled):
@@ -100,7 +100,7 @@ def test_a_chip_holds_its_part_and_gathers_parameters_alone(topology, axes, kind
 
 
 @each_axis_type
-def test_a_chip_makes_random_bits_of_its_part_alone(axes):
+def test_a_chip_makes_random_bits_for_its_part_only(axes):
     """The bits of a whole leaf, for both roundings, would be 8 bytes per parameter."""
     optimizer, dtype = KINDS["7 bytes"]
     mesh = Mesh(np.array(tpu("v5e:2x2")), ("data",), axis_types=(axes,))
@@ -125,9 +125,9 @@ def test_a_chip_makes_random_bits_of_its_part_alone(axes):
 @each_axis_type
 @pytest.mark.parametrize("topology", ["v5e:2x2"])
 def test_gradients_are_reduced_and_scattered(topology, axes, kind):
-    """A whole data-parallel step: no chip has the sum of all gradients.
+    """In a whole data-parallel step, no chip holds the sum of all gradients.
 
-    On 16 chips of a v5e the compiler adds them up on all, even where `psum_scatter` asks it not to.
+    On 16 v5e chips the compiler sums them on each chip, even where `psum_scatter` asks it not to.
     """
     mesh, optimizer, params, state = zero_1(topology, axes, kind, [(2048, 1024), (1024, 2048)])
 
@@ -147,7 +147,7 @@ def test_gradients_are_reduced_and_scattered(topology, axes, kind):
     scattered = [
         name
         for name, x in large
-        # XLA for TPU writes one as a fusion of an all-reduce and a slice.
+        # XLA for TPU writes a reduce-scatter as a fusion of an all-reduce and a slice.
         if x.operation == "reduce-scatter" or "all-reduce-scatter" in name
     ]
     gathered = [name for name, x in large if x.operation.startswith("all-gather")]
