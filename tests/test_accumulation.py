@@ -1,4 +1,4 @@
-"""Gradients added up over microbatches: the mean, unbiased, in one buffer, layer by layer."""
+"""Gradients accumulated over microbatches: the mean, unbiased, in one buffer, layer by layer."""
 
 import functools
 
@@ -47,7 +47,7 @@ def released(buffer="float32"):
 
 
 def reference(params, microbatches):
-    """The mean over microbatches of gradients as they are, added up in float64."""
+    """Returns the mean over microbatches of unrounded gradients, accumulated in float64."""
     each = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))
     values, gradients = each(params, microbatches)
     mean = lambda g: np.asarray(g, np.float64).mean(axis=0)  # noqa: E731
@@ -55,23 +55,23 @@ def reference(params, microbatches):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_it_is_the_mean(dtype):
-    """In float32, whatever the dtype of the parameters."""
+def test_the_result_is_the_mean(dtype):
+    """The mean is in float32 for every dtype of parameters."""
     params, microbatches = params_of(dtype), microbatches_of(dtype)
     value, gradients = differentiated()(params, microbatches)
     desired, mean = reference(params, microbatches)
     np.testing.assert_allclose(value, desired, rtol=1e-6)
     for gradient, x in zip(jax.tree.leaves(gradients), jax.tree.leaves(mean), strict=True):
         assert gradient.dtype == jnp.float32
-        # Eight roundings of half an ulp each; products of XLA's vmap differ by more.
+        # Eight roundings of half an ulp each; the products in XLA's vmap differ by more.
         tolerance = 1e-6 if dtype == "float32" else 2e-2
         np.testing.assert_allclose(gradient, x, rtol=0, atol=tolerance * np.abs(x).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("buffer", ["float32", "bfloat16"])
-def test_layer_by_layer_it_is_the_same(buffer, dtype):
-    """In bfloat16 too: a layer draws the bits that it draws in its stack."""
+def test_layers_give_bit_identical_results(buffer, dtype):
+    """In bfloat16 too: a layer draws the same random bits alone as in its stack."""
     params, microbatches = params_of(dtype), microbatches_of(dtype)
     plain = differentiated(buffer=buffer)(params, microbatches, step=5)
     layered = released(buffer)(params, microbatches, step=5)
@@ -79,8 +79,8 @@ def test_layer_by_layer_it_is_the_same(buffer, dtype):
     assert {x.dtype for x in jax.tree.leaves(layered[1])} == {jnp.dtype(buffer)}
 
 
-def test_sums_that_bfloat16_would_lose():
-    """1 and many parts of 2^-10, each less than half an ulp of what they are added to."""
+def test_sums_keep_terms_that_bfloat16_would_lose():
+    """Adds parts of 2^-10 to 1, each less than half an ulp of the sum."""
 
     def linear(params, x):
         return jnp.sum(params * x, dtype=jnp.float32)
@@ -100,12 +100,12 @@ def test_sums_that_bfloat16_would_lose():
         deviation = np.sqrt(65 / 4) * 2.0**-13
         assert abs(gradient.mean() - desired) < 4 * deviation / np.sqrt(4096)
         means.append(gradient)
-    # In each step with other bits.
+    # Each step draws other random bits.
     assert abs(np.corrcoef(means)[np.triu_indices(4, 1)]).max() < 0.07
 
 
-def test_with_master_weights():
-    """Moments are those of the mean in float32, from parameters in bfloat16."""
+def test_master_weights_train_on_the_mean():
+    """Moments follow the mean in float32, though parameters are in bfloat16."""
     params, microbatches = params_of("bfloat16"), microbatches_of("bfloat16")
     optimizer = adam_jax.master_weights(adam_jax.adamw(1e-2), "int16")
     state = optimizer.init(params)
@@ -157,8 +157,8 @@ def test_wider_leaves_keep_their_dtype(dtype, x64):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_on_a_mesh(kind):
-    """Microbatches divided over devices, and gradients as the parameters are."""
+def test_microbatches_may_be_divided_over_a_mesh(kind):
+    """Microbatches are divided over devices, and gradients are placed like the parameters."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     params = {"w": random((16, 8), "float32", 0)}
     microbatches = random((4, 16, 16), "float32", 1)
@@ -177,8 +177,8 @@ def test_on_a_mesh(kind):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_multi_steps_with_gradient_release(dtype):
-    """What adds gradients up in the state can be combined with `value_and_update`."""
+def test_multi_steps_work_with_gradient_release(dtype):
+    """`optax.MultiSteps`, which accumulates in its state, works with `value_and_update`."""
 
     def wrapped(inner):
         return adam_jax.master_weights(inner, "int16") if dtype == "bfloat16" else inner
@@ -195,14 +195,14 @@ def test_multi_steps_with_gradient_release(dtype):
     updates, _ = once.update(gradients, once.init(start), start)
     desired = optax.apply_updates(start, updates)
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(desired), strict=True):
-        # A first step moves by the rate, whatever the gradient, unless that is all rounding.
+        # A first step moves by the rate for any gradient, unless the gradient is all rounding.
         np.testing.assert_allclose(
             x.astype(float), y.astype(float), rtol=1e-2 if dtype == "bfloat16" else 0, atol=1e-4
         )
 
 
 def test_a_loss_of_microbatches_has_no_gradient_release():
-    """Each layer's gradient would be complete with the last microbatch only."""
+    """Each layer's gradient would be complete only after the last microbatch."""
 
     def of_all(params, microbatches, scan=jax.lax.scan):
         one = lambda total, x: (total + loss(params, x, scan), None)  # noqa: E731
@@ -224,12 +224,12 @@ def test_a_loss_of_microbatches_has_no_gradient_release():
         ({}, "no leaf"),
     ],
 )
-def test_microbatches_that_do_not_fit(microbatches, message):
+def test_microbatches_that_do_not_fit_are_refused(microbatches, message):
     with pytest.raises(ValueError, match=message):
         adam_jax.accumulated_value_and_grad(loss)(params_of(), microbatches)
 
 
-def test_other_mistakes():
+def test_other_mistakes_are_refused():
     with pytest.raises(ValueError, match="buffer must be one of 'float32', 'bfloat16'"):
         adam_jax.accumulated_value_and_grad(loss, buffer="int8")
     f = adam_jax.accumulated_value_and_grad(loss, buffer="bfloat16")
@@ -248,7 +248,7 @@ def test_layers_that_are_no_bools(layers):
 
 
 def test_offloaded_state_and_seven_bytes():
-    """In one step with everything else that saves memory."""
+    """Accumulation works in one step with everything else that saves memory."""
     if jax.__version_info__ < (0, 10):
         pytest.skip("offload needs JAX 0.10")
     params, microbatches = params_of("bfloat16"), microbatches_of("bfloat16")

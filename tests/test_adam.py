@@ -1,6 +1,6 @@
 """Adam against float64, at the edges of the number range, and the claims of its paper.
 
-Claims are those of Kingma and Ba, arXiv:1412.6980.
+Kingma and Ba make the claims in arXiv:1412.6980.
 """
 
 import itertools
@@ -35,8 +35,8 @@ def test_two_thousand_steps_agree_with_float64(b1, b2, nesterov, gradients):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("b2", [0.9, 0.999, 0.9999999])
-def test_the_accuracy_that_the_readme_claims(b2):
-    """On 40,000 coordinates, with the other settings as they are by default."""
+def test_adam_is_as_accurate_as_the_readme_claims(b2):
+    """Runs 40,000 coordinates; the other settings have their defaults."""
     rng = np.random.default_rng(1)
     optimizer = untyped(adam_jax.scale_by_adam(b2=b2, eps=0.0))
     update, state = jax.jit(optimizer.update), optimizer.init(jnp.zeros(40_000))
@@ -59,7 +59,7 @@ def test_bias_correction_reaches_one_and_the_count_saturates():
 
 
 @pytest.mark.parametrize("g", [0.0, 1e-3, 6e-5, 100.0])
-def test_float16_gradients(g):
+def test_float16_gradients_give_finite_steps(g):
     """In float16, eps and g^2 are 0: optax gives NaN for 0 and -inf for 1e-3."""
     gradients = np.full((5, 1), g, np.float16)
     updates, _ = directions(adam_jax.adam(1e-3), gradients)
@@ -68,8 +68,8 @@ def test_float16_gradients(g):
 
 
 @pytest.mark.parametrize("moment", ["mu", "nu"])
-def test_bfloat16_parameters_have_moments_that_do_not_stick(moment):
-    """In bfloat16, nu sticks at 0.5 under a constant gradient, and mu with b1 = 0.999 too."""
+def test_moments_of_bfloat16_parameters_do_not_stick(moment):
+    """In bfloat16, a constant gradient would leave nu stuck at 0.5, and mu too at b1 = 0.999."""
     optimizer = adam_jax.scale_by_adam(b1=0.999)
     _, state = directions(optimizer, jnp.ones((20_000, 1), jnp.bfloat16))
     np.testing.assert_allclose(getattr(state, moment), 1.0, rtol=1e-4)
@@ -88,7 +88,7 @@ def test_one_huge_gradient_saturates_and_is_forgotten(g):
     updates, state = directions(adam_jax.scale_by_adam(), gradients)
     assert np.isfinite(updates).all()
     assert np.abs(updates).max() <= 0.1 / np.sqrt(0.001)
-    # v decays again, at its own pace: 2^126 (1 - b2) b2^2989.
+    # Afterwards nu decays as usual, to 2^126 (1 - b2) b2^2989.
     np.testing.assert_allclose(state.nu, 2.0**126 * 0.001 * 0.999**2989, rtol=1e-4)
 
 
@@ -96,8 +96,8 @@ def test_one_huge_gradient_saturates_and_is_forgotten(g):
 @pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
 @pytest.mark.parametrize("nu_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("masters", [False, True], ids=["plain", "master_weights"])
-def test_a_huge_float64_gradient_of_moments_in_fewer_bits(masters, nu_dtype, x64):
-    """It is limited as what is stored has to be."""
+def test_a_huge_float64_gradient_stays_finite_in_narrow_moments(masters, nu_dtype, x64):
+    """The gradient is limited to the range of the stored moments."""
     plain = adam_jax.adam(1e-3, nu_dtype=nu_dtype)
     optimizer = untyped(adam_jax.master_weights(plain, "int8") if masters else plain)
     params = jnp.ones((64, 64), "bfloat16" if masters else "float32")
@@ -108,14 +108,14 @@ def test_a_huge_float64_gradient_of_moments_in_fewer_bits(masters, nu_dtype, x64
         assert jnp.isfinite(updates).all()
         for leaf in jax.tree.leaves(state):
             assert jnp.isfinite(leaf).all()
-    # All gradients have been alike, so that a step is alpha, in int8 about so.
+    # All gradients are equal, so a step is alpha, in int8 approximately.
     if not masters:
         np.testing.assert_allclose(updates, -1e-3, rtol=0.1 if nu_dtype == "int8" else 0.01)
 
 
 @pytest.mark.parametrize("conjugated", [True, False])
-def test_gradients_of_jax_are_conjugated(conjugated):
-    """For complex parameters: only then the loss falls."""
+def test_complex_gradients_have_to_be_conjugated(conjugated):
+    """With complex parameters, the loss falls only if gradients are conjugated."""
     target = jnp.array([1 + 2j, -1j, 3 + 0j], jnp.complex64)
     optimizer = untyped(adam_jax.adam(0.05))
 
@@ -143,8 +143,8 @@ def test_a_huge_complex_gradient_saturates(x64):
         assert jnp.isfinite(state.nu).all()
 
 
-def test_a_huge_complex_gradient_and_nu_in_int8():
-    """Its magnitude is infinite in complex64, and once its parts are limited still beyond that."""
+def test_a_huge_complex_gradient_saturates_with_nu_in_int8():
+    """Its magnitude is infinite in complex64, and still too large once its parts are limited."""
     gradient = jnp.full((64, 64), 3e38 * (1 + 1j), jnp.complex64)
     optimizer = untyped(adam_jax.scale_by_adam(nu_dtype="int8"))
     state = optimizer.init(gradient)
@@ -154,10 +154,10 @@ def test_a_huge_complex_gradient_and_nu_in_int8():
         assert jnp.isfinite(state.nu.scales).all()
         plain = adam_jax.convert_state(state).nu
         assert jnp.all(plain <= state.nu.scales)
-        np.testing.assert_allclose(plain[:, :1], state.nu.scales, rtol=0.1)  # all are alike
+        np.testing.assert_allclose(plain[:, :1], state.nu.scales, rtol=0.1)  # all are equal
 
 
-def test_complex_nu_is_real_and_the_squared_magnitude():
+def test_nu_of_complex_gradients_is_their_squared_magnitude():
     g = jnp.array([3 + 4j, 1j], jnp.complex64)
     optimizer = untyped(adam_jax.scale_by_adam(b1=0.0, b2=0.0))
     updates, state = optimizer.update(g, optimizer.init(g))
@@ -166,10 +166,10 @@ def test_complex_nu_is_real_and_the_squared_magnitude():
     np.testing.assert_allclose(updates, [0.6 + 0.8j, 1j], rtol=1e-6)
 
 
-def test_the_derivative_at_a_zero_gradient_is_that_of_the_limit():
+def test_the_derivative_at_a_zero_gradient_equals_its_limit():
     optimizer = adam_jax.scale_by_adam(eps=1e-2)
     derivative = jax.grad(lambda g: optimizer.update(g, optimizer.init(g))[0])(0.0)
-    np.testing.assert_allclose(derivative, 1e2, rtol=1e-6)  # of g / (|g| + eps)
+    np.testing.assert_allclose(derivative, 1e2, rtol=1e-6)  # derivative of g / (|g| + eps)
 
 
 # Claim 1: rescaling the gradients changes nothing.
@@ -183,15 +183,15 @@ def test_rescaling_by_a_power_of_two_is_exact_without_eps(k):
     )
 
 
-def test_rescaling_by_any_factor_only_rounds_without_eps():
+def test_rescaling_by_any_factor_changes_only_rounding_without_eps():
     optimizer, g = adam_jax.scale_by_adam(eps=0.0), normal(100, 50)
-    # Rounding enters each gradient (half an ulp) and shows where the momentum cancels.
+    # Each gradient is rounded (half an ulp), which shows where the momentum cancels.
     np.testing.assert_allclose(
         directions(optimizer, np.float32(1 / 3) * g)[0], directions(optimizer, g)[0], atol=2e-6
     )
 
 
-def test_rescaling_holds_with_eps_only_while_gradients_are_larger():
+def test_rescaling_with_eps_changes_nothing_while_gradients_are_larger():
     optimizer, g = adam_jax.scale_by_adam(eps=1e-8), normal(100, 50)
     g = np.sign(g) * (0.5 + np.abs(g))
     steps = directions(optimizer, g)[0]
@@ -242,7 +242,7 @@ def test_a_dense_coordinate_stays_near_alpha():
     np.testing.assert_allclose(steps.mean(), 0.01, rtol=0.02)
 
 
-# Claim 3: no stationary objective is needed.
+# Claim 3: the objective may be non-stationary.
 
 
 def test_a_moving_optimum_is_followed_where_adagrad_stalls():
@@ -272,7 +272,7 @@ def test_the_signal_to_noise_ratio_anneals_the_steps():
 # Claim 5: the example of bias correction.
 
 
-def test_the_bias_correction_of_one_gradient():
+def test_bias_correction_removes_the_bias_of_a_single_gradient():
     optimizer = untyped(adam_jax.scale_by_adam(b1=0.2))
     g = jnp.array([10.0])
     updates, state = optimizer.update(g, optimizer.init(g))

@@ -15,8 +15,8 @@ def test_adamax_agrees_with_float64(b2):
     gradients = normal(2000, 400)
     actual, _ = directions(adam_jax.scale_by_adamax(b2=b2), gradients)
     desired = reference.trajectory(gradients, b2=b2, infinity_norm=True)
-    # u shrinks by less than its own ulp, so that a step can be wrong by half of one, 2^-24, and
-    # always in the same direction, for as long as a maximum lasts: 1 / (1 - b2) steps, or all.
+    # u shrinks by less than its own ulp. A step can be wrong by half an ulp, 2^-24, and always in
+    # the same direction, for as long as a maximum lasts: 1 / (1 - b2) steps, or all.
     assert largest_error(actual, desired) < 4e-6 + min(1 / (1 - b2), 2000) * 2.0**-24
 
 
@@ -28,8 +28,8 @@ def test_adamax_hardly_steps_farther_than_alpha():
     heavy = rng.standard_t(1, (3000, 50)).astype(np.float32)
     heavy[:, :10] = np.where(rng.random((3000, 10)) < 0.01, heavy[:, :10], 0)
     steps = np.abs(directions(adam_jax.adamax(0.002), heavy)[0])
-    # Gradients that shrink by b2 a step make the exact bound b2 (1 - b1) / (b2 - b1) = 1.009, to
-    # which the paper's "alpha" is an approximation.
+    # Gradients that shrink by b2 a step reach the exact bound, b2 (1 - b1) / (b2 - b1) = 1.009.
+    # The paper's "alpha" approximates it.
     assert steps.max() <= 0.002 * 0.999 * 0.1 / 0.099 * (1 + 1e-6)
 
 

@@ -35,6 +35,6 @@ def test_amsgrad_takes_the_maximum_in_either_order():
     assert runs["raw"][-1] > 2 * runs["corrected"][-1]
 
 
-def test_unknown_maximum():
+def test_an_unknown_maximum_is_refused():
     with pytest.raises(ValueError, match="maximum must be one of 'raw', 'corrected', got 'torch'"):
         adam_jax.amsgrad(0.1, maximum="torch")  # pyright: ignore[reportArgumentType]

@@ -32,7 +32,7 @@ def test_the_average_is_the_weighted_mean_of_the_parameters(decay):
 
 
 @pytest.mark.parametrize("change", ["on a schedule", "once", "traced"])
-def test_an_average_whose_decay_changes(change, x64):
+def test_an_average_follows_changes_of_its_decay(change, x64):
     """The weights of the average are the products of the decays that came after."""
     steps = 40
     decays = np.where(np.arange(steps) < 20, 0.9, 0.999)
@@ -63,8 +63,8 @@ def test_an_average_whose_decay_changes(change, x64):
         np.testing.assert_allclose(average[t - 1], desired, rtol=5e-6, atol=2e-6)
 
 
-def test_the_weight_of_a_long_average():
-    """1 - decay^t, as exact as in float32. The recursion would stop 3e-5 short."""
+def test_a_long_average_has_an_exact_weight():
+    """1 - decay^t, accurate to float32. The recursion would stop 3e-5 short."""
     optimizer = adam_jax.average_params(optax.identity(), 0.999)
     p = jnp.ones(1)
     start = optimizer.init(p)
@@ -88,7 +88,7 @@ def test_before_the_first_step_the_average_is_the_parameters():
     np.testing.assert_array_equal(average["w"], params["w"])
 
 
-def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
+def test_the_average_of_bfloat16_parameters_is_stored_in_float32():
     params = {"w": jnp.full(3, 1.0, jnp.bfloat16)}
     optimizer = untyped(adam_jax.average_params(optax.identity(), 0.999))
     state = optimizer.init(params)
@@ -100,7 +100,7 @@ def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
     np.testing.assert_array_equal(average, params["w"])
 
 
-def test_the_average_is_found_inside_a_chain_and_missed_where_there_is_none():
+def test_the_average_is_found_inside_a_chain_and_its_absence_is_an_error():
     params = jnp.ones(3)
     wrapped = adam_jax.average_params(adam_jax.adam(0.1))
     state = optax.chain(optax.clip(1.0), wrapped).init(params)
@@ -112,14 +112,14 @@ def test_the_average_is_found_inside_a_chain_and_missed_where_there_is_none():
 
 
 class Layer(flax.struct.PyTreeNode):
-    """Like an unfiltered module of Equinox: its activation is a leaf."""
+    """Resembles an unfiltered Equinox module: its activation is a leaf."""
 
     w: Any
     activation: Any
 
 
-def test_leaves_without_an_average():
-    """Functions, and what belongs to another group."""
+def test_leaves_without_an_average_stay_as_they_are():
+    """Such leaves are functions and members of another group."""
     model: Any = Layer(jnp.ones(3), jnp.tanh)
     gradients = start = Layer(jnp.ones(3), None)
     optimizer = untyped(adam_jax.average_params(optax.sgd(1.0), 0.5))
@@ -157,7 +157,7 @@ ORDERS = {
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @each_remainder
 def test_float32_weights_are_averaged(remainder, dtype, order):
-    """Not the parameters that they are rounded to. The average is in float32 if they are."""
+    """Averages float32 weights, not the rounded parameters, and stores the average in float32."""
     steps, size = 40, 4096
     start = {"low": 1 + random((size,)), "wide": 1 + random((3,), seed=1)}
     params = jax.tree.map(jnp.asarray, start | {"low": start["low"].astype(dtype)})
@@ -178,7 +178,7 @@ def test_float32_weights_are_averaged(remainder, dtype, order):
     for name in start:
         assert average[name].dtype == jnp.float32
         desired = np.tensordot(shares, np.asarray(weights[name], np.float64), 1)
-        # Inside, weights are averaged before they are rounded to the bits that are kept.
+        # Inside, weights are averaged before they are rounded to the stored bits.
         ulp = float(jnp.finfo(dtype).eps) * {"none": 1, "int8": 2.0**-8}.get(remainder, 0)
         exact = name == "wide" or order == "outside"
         np.testing.assert_allclose(average[name], desired, atol=2e-6 + (0 if exact else ulp))
@@ -209,9 +209,9 @@ CALLS = {
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", CALLS)
 def test_steps_of_the_optimizer_are_counted(name):
-    """And not calls, of which `optax.MultiSteps` has several to a step."""
+    """Counts steps, not calls: `optax.MultiSteps` makes several calls for each step."""
     optimizer = CALLS[name]()
-    lost = 2 if name == "around both" else 3 if "finite" in name else 0  # of four gradients
+    lost = 2 if name == "around both" else 3 if "finite" in name else 0  # of every four gradients
     gradients = jnp.where(np.arange(40) % 4 < lost, jnp.nan, jnp.ones(40))
 
     def step(at, gradient):
@@ -227,7 +227,7 @@ def test_steps_of_the_optimizer_are_counted(name):
     np.testing.assert_allclose(average, -shares @ np.arange(1, 11), rtol=1e-6)
 
 
-def test_a_step_with_what_is_not_finite_counts_once_it_is_made():
+def test_a_step_that_is_not_finite_counts_only_if_it_is_made():
     inner = optax.apply_if_finite(optax.sgd(1.0), 1)
     optimizer = untyped(adam_jax.average_params(inner, 0.9))
     p = jnp.zeros(2)
@@ -243,7 +243,7 @@ def test_a_step_with_what_is_not_finite_counts_once_it_is_made():
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 
 
-def test_averaging_without_parameters():
+def test_averaging_needs_parameters_and_a_decay_below_one():
     optimizer = adam_jax.average_params(adam_jax.adam(0.1))
     with pytest.raises(ValueError, match="average_params needs the parameters"):
         optimizer.update(PARAMS, optimizer.init(PARAMS))

@@ -1,4 +1,4 @@
-"""What callers get wrong: the error names what, where and what to do."""
+"""Callers' mistakes: each error names what is wrong, where, and what to do."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ def with_kernel(kernel):
 @each_row
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan"), np.float32(1), np.array(2.0)])
 @pytest.mark.parametrize("name", ["b1", "b2"])
-def test_decay_rates_out_of_range(row, name, value):
+def test_decay_rates_out_of_range_are_refused(row, name, value):
     message = rf"{name} must be in \[0, 1\), got {re.escape(str(value))}"
     with pytest.raises(ValueError, match=message):
         row.make(**{name: value})
@@ -37,7 +37,7 @@ def test_decay_rates_out_of_range(row, name, value):
 @each_row
 @pytest.mark.parametrize("value", [-1e-8, float("inf"), float("nan"), 1e39])
 @pytest.mark.parametrize("name", ["eps", "eps_root"])
-def test_negative_or_infinite_eps(row, name, value):
+def test_negative_or_infinite_eps_is_refused(row, name, value):
     make = functools.partial(row.make, **{name: value})
     if row.takes(name):
         with pytest.raises(
@@ -50,7 +50,7 @@ def test_negative_or_infinite_eps(row, name, value):
 def test_concrete_arrays_are_checked_and_tracers_are_not():
     with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1.5"):
         adam_jax.adam(0.1, b2=jnp.float32(1.5))
-    # An array that is known when a function is traced is no tracer, but all that is made of it is.
+    # An array that is known during tracing is no tracer, but everything computed from it is.
     b2, eps = jnp.float32(0.9), jnp.bfloat16(1e-8)
     jax.jit(lambda g: update(adam_jax.adam(0.1, b2=b2, eps=eps), g)[0])(PARAMS)
     b2 = jnp.float32(1.5)
@@ -59,7 +59,7 @@ def test_concrete_arrays_are_checked_and_tracers_are_not():
     jax.jit(lambda b2: update(adam_jax.adam(0.1, b2=b2), PARAMS)[0])(1.5)
 
 
-def test_hyperparameters_are_scalars():
+def test_hyperparameters_must_be_scalars():
     with pytest.raises(ValueError, match=r"b1 must be a scalar, got shape \(2,\).*jax\.vmap"):
         adam_jax.adam(0.1, b1=jnp.array([0.9, 0.8]))
     with pytest.raises(TypeError, match="eps must be a number, got 'small'"):
@@ -67,8 +67,8 @@ def test_hyperparameters_are_scalars():
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
-def test_rates_are_scalars(name):
-    """Another shape would be broadcast, and parameters with it."""
+def test_rates_must_be_scalars(name):
+    """A rate of another shape would broadcast, and with it the parameters."""
 
     def make(value: Any):
         return adam_jax.adamw(**{"learning_rate": 0.1, name: value})
@@ -85,7 +85,7 @@ def test_rates_are_scalars(name):
             jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
-def test_learning_rate_and_weight_decay_of_the_wrong_type():
+def test_rates_of_the_wrong_type_are_refused():
     with pytest.raises(TypeError, match="learning_rate must be a number or a schedule, got 'fast'"):
         adam_jax.adam("fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"learning_rate\['a'\] must be a number or a schedule"):
@@ -96,13 +96,13 @@ def test_learning_rate_and_weight_decay_of_the_wrong_type():
 
 @pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
 @pytest.mark.parametrize("value", ["int4", jnp.int32, "nonsense", 7, jnp.float16])
-def test_unknown_storage_formats(name, value):
+def test_unknown_storage_formats_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be None or one of 'float32'.*got"):
         adam_jax.adam(0.1, **{name: value})
 
 
 @pytest.mark.parametrize("value", [None, "float32", jnp.float32, np.dtype("float32")])
-def test_known_storage_formats(value, x64):
+def test_known_storage_formats_are_accepted(value, x64):
     optimizer = untyped(adam_jax.scale_by_adam(mu_dtype=value, nu_dtype=value))
     wide = jnp.float64 if x64 and value is None else jnp.float32
     state = optimizer.init(jnp.ones(3, jnp.float64 if x64 else jnp.float32))
@@ -111,7 +111,7 @@ def test_known_storage_formats(value, x64):
 
 @each_row
 @pytest.mark.parametrize("kind", ["int32", "bool", "float0"])
-def test_gradients_of_integer_dtype(row, kind):
+def test_integer_gradients_are_refused(row, kind):
     dtype = jax.dtypes.float0 if kind == "float0" else kind
     gradients = with_kernel(np.zeros((2, 3), dtype))
     message = r"gradient \['dense'\]\['kernel'\] has dtype .*optax\.masked"
@@ -120,7 +120,7 @@ def test_gradients_of_integer_dtype(row, kind):
 
 
 @each_row
-def test_parameters_of_integer_dtype(row):
+def test_integer_parameters_are_refused(row):
     message = r"parameter \['dense'\]\['kernel'\] has dtype int32.*optax\.masked"
     with pytest.raises(TypeError, match=message):
         row.make().init(with_kernel(jnp.ones((2, 3), jnp.int32)))
@@ -136,13 +136,13 @@ def test_parameters_of_integer_dtype(row):
         (jax.random.key(0), "has dtype key<fry>; only real and complex"),
     ],
 )
-def test_leaves_that_are_no_parameters(row, leaf, detail):
+def test_leaves_that_are_no_parameters_are_refused(row, leaf, detail):
     with pytest.raises(TypeError, match=rf"parameter \['dense'\]\['kernel'\] {detail}"):
         row.make().init(with_kernel(leaf))
 
 
 @each_row
-def test_gradients_of_another_shape(row):
+def test_gradients_of_another_shape_are_refused(row):
     message = r"gradient \['dense'\]\['kernel'\] has shape \(3, 2\), but state\.mu .* \(2, 3\)"
     with pytest.raises(ValueError, match=message):
         update(row.make(), with_kernel(jnp.ones((3, 2))))
@@ -157,13 +157,13 @@ def test_gradients_of_another_shape(row):
         (jnp.ones(3), "state.mu there is dict"),
     ],
 )
-def test_gradients_of_another_structure(row, gradients, detail):
+def test_gradients_of_another_structure_are_refused(row, gradients, detail):
     with pytest.raises(ValueError, match=f"{detail}.*the parameters|{detail}.*those parameters"):
         update(row.make(), gradients)
 
 
 @each_row
-def test_a_gradient_where_the_parameter_was_none(row):
+def test_a_gradient_for_a_parameter_that_was_none_is_refused(row):
     params = with_kernel(None)
     message = r"gradient \['dense'\]\['kernel'\] is an array, but state\.mu there is NoneType"
     with pytest.raises(ValueError, match=message):
@@ -171,28 +171,28 @@ def test_a_gradient_where_the_parameter_was_none(row):
 
 
 @each_row
-def test_complex_gradients_of_real_parameters(row):
+def test_complex_gradients_of_real_parameters_are_refused(row):
     message = r"gradient \['dense'\]\['kernel'\] has dtype complex64, but state\.mu .*float"
     with pytest.raises(TypeError, match=message):
         update(row.make(), with_kernel(jnp.ones((2, 3), jnp.complex64)))
 
 
-def test_a_mask_of_elements():
+def test_a_mask_of_elements_is_refused():
     mask = {"dense": {"kernel": True, "bias": jnp.array([True, False, True])}}
     with pytest.raises(ValueError, match=r"mask has shape \(3,\) at \['dense'\]\['bias'\].*bool"):
         update(adam_jax.adamw(0.1, mask=mask), PARAMS)
 
 
 @pytest.mark.parametrize("name", ["adamw", "nadamw", "adamaxw"])
-def test_decay_without_parameters(name):
+def test_weight_decay_needs_parameters(name):
     optimizer = getattr(adam_jax, name)(0.1)
     with pytest.raises(ValueError, match=r"weight decay needs the parameters: call update\(grad"):
         optimizer.update(PARAMS, optimizer.init(PARAMS))
 
 
 @pytest.mark.parametrize("name", ["adamw", "nadamw", "adamaxw"])
-def test_decay_of_other_parameters(name):
-    """They would be broadcast, and so would the update."""
+def test_weight_decay_refuses_parameters_of_another_shape(name):
+    """Such parameters would broadcast, and so would the update."""
     optimizer = getattr(adam_jax, name)(0.1)
     state = optimizer.init(PARAMS)
     message = r"gradient \['dense'\]\['kernel'\] has shape \(2, 3\), but the parameter .* \(1, 3\)"
@@ -209,14 +209,14 @@ def test_decay_of_other_parameters(name):
         (jnp.ones((1, 3)), ValueError, r"has shape \(1, 3\), but the parameter there has shape"),
     ],
 )
-def test_gradients_of_16_bit_parameters_are_not_just_cast(gradient, error, detail):
+def test_wrong_gradients_of_16_bit_parameters_are_not_cast(gradient, error, detail):
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
-    optimizer = adam_jax.master_weights(optax.sgd(0.1), "int8")  # which would take any of them
+    optimizer = adam_jax.master_weights(optax.sgd(0.1), "int8")  # which would accept any of them
     with pytest.raises(error, match=rf"gradient \['dense'\]\['kernel'\] {detail}"):
         optimizer.update(with_kernel(gradient), optimizer.init(params), params)
 
 
-def test_remainders_of_something_else():
+def test_remainders_of_other_parameters_are_refused():
     params = {"w": jnp.ones(7, jnp.bfloat16)}
     optimizer = adam_jax.master_weights(optax.sgd(0.1), "int8")
     state = optimizer.init({"w": jnp.ones((5, 7), jnp.bfloat16)})
@@ -224,7 +224,7 @@ def test_remainders_of_something_else():
         optimizer.update(params, state, params)
 
 
-def test_scales_of_something_else():
+def test_scales_of_other_parameters_are_refused():
     params = {"w": jnp.ones((64, 128))}
     optimizer = untyped(adam_jax.adam(0.1, nu_dtype="int8"))
     state = optimizer.init(params)
@@ -233,7 +233,7 @@ def test_scales_of_something_else():
         optimizer.update(params, (state[0]._replace(nu=nu), *state[1:]))
 
 
-def test_states_of_something_else():
+def test_states_of_another_type_are_refused():
     optimizer = adam_jax.scale_by_adam()
     with pytest.raises(TypeError, match=r"expected the ScaleByAdamState .*got dict"):
         optimizer.update(PARAMS, {"count": 0, "mu": PARAMS, "nu": PARAMS})
@@ -251,7 +251,7 @@ def test_states_of_something_else():
 
 
 def without_types(state):
-    """A state as a checkpoint has it that is restored without a target."""
+    """Returns the state as a checkpoint restores it without a target."""
     if hasattr(state, "_asdict"):
         state = state._asdict()
     if isinstance(state, dict):
@@ -260,7 +260,7 @@ def without_types(state):
 
 
 @each_row
-def test_a_state_without_types(row):
+def test_a_state_without_types_is_refused(row):
     optimizer = row.make()
     state = without_types(optimizer.init(PARAMS))
     with pytest.raises(TypeError, match=r"expected the .* that init returns, .*got .*restore it"):
@@ -268,8 +268,8 @@ def test_a_state_without_types(row):
 
 
 @each_row
-def test_the_state_of_another_optimizer(row):
-    """The error names what was expected and what was given, whatever the optimizers are."""
+def test_the_state_of_another_optimizer_is_refused(row):
+    """For any two optimizers, the error names the expected and the given state."""
     schedule = functools.partial(jnp.multiply, 0.1)
     states = [row.make().init(PARAMS) for row in ROWS]
     states += [row.make(learning_rate=schedule).init(PARAMS) for row in ROWS]

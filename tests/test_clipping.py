@@ -10,7 +10,7 @@ from trees import assert_close, random_tree, untyped
 import adam_jax
 
 
-def test_per_layer_is_the_transformation_of_each_layer():
+def test_per_layer_transforms_each_layer_by_itself():
     gradients = random_tree({"a": (3, 4), "b": (3, 2, 5)})
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
     outer = adam_jax.per_layer(inner)
@@ -26,7 +26,7 @@ def test_per_layer_is_the_transformation_of_each_layer():
         assert_close(jax.tree.map(lambda x, i=i: x[i], state), inner_state, 1e-6)
 
 
-def test_per_layer_takes_parameters_extra_arguments_and_nothing():
+def test_per_layer_accepts_parameters_extra_arguments_and_empty_trees():
     decay = adam_jax.per_layer(optax.add_decayed_weights(0.5))
     params = {"w": jnp.ones((2, 3))}
     updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
@@ -37,7 +37,7 @@ def test_per_layer_takes_parameters_extra_arguments_and_nothing():
     assert decay.update({}, decay.init({}), {})[0] == {}
 
 
-def test_per_layer_refuses_what_is_not_stacked_alike():
+def test_per_layer_refuses_leaves_that_are_not_stacked_alike():
     clip = adam_jax.per_layer(optax.clip_by_global_norm(1.0))
     with pytest.raises(ValueError, match=r"scalar \['b'\]"):
         clip.init({"a": jnp.ones(3), "b": jnp.ones(())})
@@ -47,7 +47,7 @@ def test_per_layer_refuses_what_is_not_stacked_alike():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
-def test_clip_by_global_norm_is_optax_s(dtype, max_norm, standard_promotion):
+def test_clip_by_global_norm_agrees_with_optax(dtype, max_norm, standard_promotion):
     gradients = {"a": random_tree({"": (5, 3)})[""].astype(dtype), "b": jnp.ones(4, dtype)}
     ours = adam_jax.clip_by_global_norm(max_norm)
     clipped, _ = ours.update(gradients, ours.init(gradients))

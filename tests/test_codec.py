@@ -1,6 +1,6 @@
-"""The int8 codes of both moments, and what they count in: values, rounding, bits.
+"""The int8 codes of both moments and their units: values, rounding, bits.
 
-References are worked out in NumPy, in float64 or in integers, from the definitions.
+References follow the definitions, in NumPy's float64 or integers.
 """
 
 import functools
@@ -29,7 +29,7 @@ from adam_jax._codec import (
 from adam_jax._moments import Decay
 from adam_jax._rounding import draw, key_of_leaf
 
-MU_LEVELS = {6: 64, 7: 128}  # of mu, by the bits of a code
+MU_LEVELS = {6: 64, 7: 128}  # of mu, by bits of a code
 NU_LEVELS = {9: 504, 8: 252}
 each_mu = pytest.mark.parametrize("bits", MU_LEVELS)
 each_nu = pytest.mark.parametrize("bits", NU_LEVELS)
@@ -38,7 +38,7 @@ DRAWS = 4096
 
 
 class _Given(NamedTuple):
-    """Random words that a test chooses, in the place of a `Draw`."""
+    """Replaces a `Draw` by random words that a test chooses."""
 
     words: Any
 
@@ -56,34 +56,34 @@ def draw_at(step, leaf=0):
     return draw(key_of_leaf(jnp.uint32(leaf)), step)
 
 
-# Noise that fills its range evenly: what becomes of one number under all that may be drawn.
+# Noise that fills its range evenly, to see all results that rounding one number can have.
 ALL_FOR_MU = (np.arange(DRAWS) * 2 + 1) * 2**32 // (2 * DRAWS)  # from the highest bit down
 ALL_FOR_NU = (np.arange(DRAWS) * 2 + 1) * 2**14 // (2 * DRAWS)  # from the 14th bit down
 
 
 def rough_log2(x):
-    """log2, linear between powers of two: the bit pattern of a float, as an integer."""
+    """Returns log2, linear between powers of two: the bit pattern of a float, as an integer."""
     fraction, exponent = np.frexp(np.asarray(x, np.float64))
     return exponent - 1 + (2 * fraction - 1)
 
 
 def rough_exp2(x):
-    """The inverse of `rough_log2`."""
+    """Returns the inverse of `rough_log2`."""
     return np.ldexp(1 + (x - np.floor(x)), np.floor(x).astype(int))
 
 
 def value_of_nu(code, n):
-    """The number that a code stands for, in units of the scale."""
+    """Returns the number that a code stands for, in units of the scale."""
     return rough_exp2(9 * rough_log2((np.asarray(code) + 1) / n))
 
 
 def value_of_mu(code, n):
-    """The number that a magnitude's code stands for, in units of q."""
+    """Returns the number that a magnitude's code stands for, in units of q."""
     return (rough_exp2(-rough_log2(1 - np.asarray(code) / n)) - 1) / 4
 
 
 def root_of_power(z):
-    """2^floor(k/2) for numbers from 2^k to 2^(k+1)."""
+    """Returns 2^floor(k/2) for numbers from 2^k to 2^(k+1)."""
     return np.ldexp(1.0, (np.frexp(np.asarray(z, np.float64))[1] - 1) // 2)
 
 
@@ -99,13 +99,13 @@ def code_of_nu(word, bits):
 
 
 def byte_of_mu(code, negative, bits):
-    """In the highest bits; the sign in the highest of all."""
+    """Returns the code in the highest bits, with the sign in the highest of all."""
     byte = np.asarray(negative) * 2**7 + np.asarray(code) * 2 ** (7 - bits)
     return byte.astype(np.uint8).view(np.int8)
 
 
 def code_of_mu(word, bits):
-    """The magnitude, and whether it is negative."""
+    """Returns the magnitude, and whether it is negative."""
     byte = np.asarray(word).astype(np.int64) >> 16
     return byte % 2**7 >> (7 - bits), byte % 2**8 >> 7
 
@@ -133,17 +133,17 @@ def write_mu(bits, mu, root, unit, words):
 
 
 @each_nu
-def test_every_code_of_nu_survives(bits):
-    """A code that is decoded and encoded again is the same code and value, whatever the noise."""
+def test_every_code_of_nu_survives_a_round_trip(bits):
+    """Decoding and encoding a code gives the same code and value, for any noise."""
     n = NU_LEVELS[bits]
     codes = np.arange(n)
     z, root = read_nu(bits, word_of_nu(codes, bits))
-    # The root is rounded to 2^-24 of itself, and its ninth power is off by 9 times as much, twice.
+    # Rounding changes the root by 2^-24 of itself, and its ninth power by 9 times as much, twice.
     np.testing.assert_allclose(z, value_of_nu(codes, n), rtol=18 * 2.0**-24 * 1.5)
     assert z[-1] == 1
     np.testing.assert_array_equal(root, root_of_power(z))
-    # The largest noise of all, once in 2^14 times, finds the ulp by which a place may be too large
-    # if XLA rounds its product and sum together.
+    # If XLA rounds a product and sum together, a place may be an ulp too large. The largest noise,
+    # which occurs once in 2^14 times, would reveal it.
     for noise in (0, 1, 2**13, 2**14 - 2):
         words = jnp.full(n, noise, jnp.uint32)
         word, value, again = write_nu(bits, z, words)
@@ -153,7 +153,7 @@ def test_every_code_of_nu_survives(bits):
 
 
 @each_mu
-def test_every_code_of_mu_survives(bits):
+def test_every_code_of_mu_survives_a_round_trip(bits):
     n = MU_LEVELS[bits]
     codes = np.tile(np.arange(31 * n // 32 + 1), 2)
     negative = np.repeat([0, 1], len(codes) // 2)
@@ -162,8 +162,8 @@ def test_every_code_of_mu_survives(bits):
     desired = np.where(negative, -1, 1) * value_of_mu(codes, n) * 0.25 * 0.02
     np.testing.assert_allclose(mu, desired, rtol=2 * 2.0**-24)
     np.testing.assert_array_equal(np.signbit(mu), negative == 1)
-    # By a power of two nothing is rounded. (Where 1 / q is, a number that has a code may get the
-    # code of a neighbour, about once in 2^16 times.)
+    # Multiplying by a power of two rounds nothing. (Where 1 / q is rounded, a number that has a
+    # code may get its neighbour's, about once in 2^16 times.)
     mu = read_mu(bits, byte_of_mu(codes, negative, bits), 0.25, 2.0**-9)
     for noise in (0, 1, 2**31, 2**32 - 1):
         words = jnp.full(len(codes), noise, jnp.uint32)
@@ -173,7 +173,7 @@ def test_every_code_of_mu_survives(bits):
 
 
 @each_nu
-def test_the_span_of_nu(bits):
+def test_codes_of_nu_span_the_documented_range(bits):
     n = NU_LEVELS[bits]
     values = value_of_nu(np.arange(n), n)
     assert values[-1] == 1
@@ -181,7 +181,7 @@ def test_the_span_of_nu(bits):
     gaps = np.diff(values) / values[:-1]
     for octave in range(3):  # of the root: nine of z
         inside = (values[:-1] >= 2.0 ** (-9 * (octave + 1))) & (values[:-1] < 2.0 ** (-9 * octave))
-        # 18/n of a power of two, in each of which z is linear: of z itself, down to half of that.
+        # z is linear between powers of two, in gaps of 18/n of the lower: 9/n to 18/n of z.
         assert gaps[inside].max() == pytest.approx(2**octave * 18 / n)
         assert gaps[inside].min() > 2**octave * 9 / n
     # z is linear between powers of two, and these have codes: nothing bends between neighbours.
@@ -193,12 +193,12 @@ def test_the_span_of_nu(bits):
 
 
 def exact_powers(n):
-    """How many powers of two below the scale have codes."""
+    """Returns how many powers of two below the scale have codes."""
     return {504: 27, 252: 18}[n]
 
 
 @each_mu
-def test_the_span_of_mu(bits):
+def test_codes_of_mu_span_the_documented_range(bits):
     n = MU_LEVELS[bits]
     values = value_of_mu(np.arange(31 * n // 32 + 1), n)
     assert values[0] == 0
@@ -208,7 +208,7 @@ def test_the_span_of_mu(bits):
         inside = (values[:-1] >= low) & (values[:-1] < high)
         np.testing.assert_allclose(gaps[inside], gap / n)
     assert np.isin([0.25, 0.75, 1.75, 3.75], values).all()
-    # What follows the last code has no value: 1 - c / n is at most 1/32 there.
+    # Beyond the last code there are no values: 1 - c / n is at most 1/32 there.
     assert 31 * n // 32 < n
 
 
@@ -220,16 +220,16 @@ def test_nu_is_unbiased_never_clipped_and_never_zero(bits, z):
     word, values, root = write_nu(bits, np.float32(z), as_words(ALL_FOR_NU))
     codes, values = code_of_nu(word, bits), np.asarray(values)
     assert np.all((codes >= 0) & (codes < n))
-    assert n < 2**bits  # room for one more, of a nu that is an ulp above the scale
+    assert n < 2**bits  # leaves one code for a nu that is an ulp above the scale
     again = read_nu(bits, word_of_nu(codes, bits))
     np.testing.assert_array_equal((values, root), again)
     smallest, second = value_of_nu(np.arange(2), n)
     if z <= smallest:
         assert np.all(codes == 0)
         return
-    # The two values around nu, as often as it takes for their mean to be nu.
+    # Rounding gives the two values around nu, and their mean over the noise is nu.
     assert np.ptp(codes) <= 1
-    # Twice the root's rounding, times nine: see `test_every_code_of_nu_survives`.
+    # Twice the root's rounding, times nine: see `test_every_code_of_nu_survives_a_round_trip`.
     rtol = 36 * 2.0**-24
     assert values.min() <= z * (1 + rtol)
     assert values.max() >= z * (1 - rtol)
@@ -238,7 +238,7 @@ def test_nu_is_unbiased_never_clipped_and_never_zero(bits, z):
     atol = gap * (1 / DRAWS + 2.0 ** (bits - 23)) + smallest * 2.0**-20
     if z >= 2.0 ** -exact_powers(n):
         np.testing.assert_allclose(values.mean(), z, rtol=rtol, atol=atol)
-    else:  # too large, if anything: a convex function bends once in the gap
+    else:  # never too small: a convex function bends once in the gap
         assert values.mean() >= z * (1 - rtol) - atol
         assert second > smallest
 
@@ -273,7 +273,7 @@ def test_mu_is_unbiased_and_bounded(bits, ratio, root, unit):
 
 
 @each_nu
-def test_integers_of_nu(bits):
+def test_codes_of_nu_agree_with_integer_arithmetic(bits):
     """The same integers on every backend."""
     n, noise = NU_LEVELS[bits], random_words(1)
     z = numbers(ONE - random_words(0) % (90 * 2**23))
@@ -293,8 +293,8 @@ def test_integers_of_nu(bits):
 
 @each_mu
 @pytest.mark.parametrize("q", [1.0, 2.0**-40, 2.0**60])
-def test_integers_of_mu(bits, q):
-    """In units of a power of two, by which nothing is rounded."""
+def test_codes_of_mu_agree_with_integer_arithmetic(bits, q):
+    """The unit is a power of two, so multiplying by it rounds nothing."""
     n, words, noise = MU_LEVELS[bits], random_words(0), random_words(1)
     ratio = np.float32(words % 2**31 / 2**27)  # up to 16
     mu = np.copysign(ratio, numbers(words)) * np.float32(q)
@@ -313,13 +313,13 @@ def test_integers_of_mu(bits, q):
 
 BFLOAT16 = FloatNu(np.dtype(jnp.bfloat16))
 FORMATS_OF_NU = {"bfloat16": BFLOAT16, "int8 in 9 bits": Int8Nu(9), "int8 in 8 bits": Int8Nu(8)}
-# By how much the mean of nu may be off: what docs/formats.md promises.
+# The error of nu's mean that docs/formats.md promises not to exceed.
 OFF = {"bfloat16": 0.005, "int8 in 9 bits": 0.01, "int8 in 8 bits": 0.01}
 CHUNK = 500  # steps whose random words are drawn together
 
 
 def periodic_gradients():
-    """Magnitudes over each period: large at one step and small at others, or any."""
+    """Yields magnitudes over each period: large at one step and small at others, or any."""
     rng = np.random.default_rng(0)
     for period in range(2, 17):
         for small in (0.0, 0.1, 0.3):
@@ -328,7 +328,7 @@ def periodic_gradients():
 
 
 def exact_nu(magnitudes, b2):
-    """In float64, of gradients over steps, the first axis."""
+    """Returns nu in float64 for gradients whose first axis is time."""
     nu = np.zeros(magnitudes.shape[1:])
     exact = np.empty_like(magnitudes)
     for t, g in enumerate(magnitudes):
@@ -359,13 +359,13 @@ def nu_over_steps(codec, carry, inputs, base, b2):
 
 
 def words_for(codec, step, nu):
-    """What a leaf's nu draws at a step in this format."""
+    """Returns what a leaf's nu draws at a step in this format."""
     one = draw_at(step)
     return one.in_turn(nu) if isinstance(codec, Int8Nu) else one.independent(nu)
 
 
 def mean_nu(codec, b2, steps, width, *, independent):
-    """The mean over the later half of the steps of nu over the exact one, for each coordinate."""
+    """Returns each coordinate's mean of nu / exact nu over the later half of the steps."""
     magnitudes = np.stack([np.resize(g, steps) for g in periodic_gradients()], axis=1)
     exact = exact_nu(magnitudes, b2)
     rng = np.random.default_rng(1)
@@ -391,17 +391,17 @@ def mean_nu(codec, b2, steps, width, *, independent):
     ("b2", "steps"), first(2, [(0.95, 4000), (0.999, 10_000), (0.9999, 20_000)])
 )
 @pytest.mark.parametrize("format", FORMATS_OF_NU)
-def test_nu_of_periodic_gradients(format, b2, steps):
-    """What turns may have a rhythm that gradients have too. Of each of 60 periodic gradients."""
+def test_nu_stays_unbiased_on_periodic_gradients(format, b2, steps):
+    """Runs 60 periodic gradients, because turned random words may share a gradient's rhythm."""
     codec = FORMATS_OF_NU[format]
-    # The mean over 1024 columns of bfloat16's noise is off by .14% for the largest b2, and the
-    # worst of 60 by three times that.
+    # The mean of bfloat16's noise over 1024 columns is off by .14% for the largest b2, and the
+    # worst of 60 by three times as much.
     width = 1024 if codec == BFLOAT16 else 512
     ours = mean_nu(codec, b2, steps, width, independent=False) - 1
     control = mean_nu(codec, b2, steps, width, independent=True) - 1
     assert np.abs(ours.mean(axis=1)).max() < OFF[format]
     ours, control = np.abs(ours), np.abs(control)
-    # Errors of b2 = 0.95 are below 2%, and there turns suit some gradients better than others.
+    # At b2 = 0.95 errors are below 2%, and turns suit some gradients better than others.
     assert ours.max() < max(1.3 * control.max(), 0.025)
     assert np.quantile(ours, 0.999) < 1.15 * np.quantile(control, 0.999)
 
@@ -410,10 +410,10 @@ def test_nu_of_periodic_gradients(format, b2, steps):
 @pytest.mark.parametrize("b2", [0.99, 0.999])
 @pytest.mark.parametrize("rows", ["all stop", "others go on"])
 @pytest.mark.parametrize("format", FORMATS_OF_NU)
-def test_nu_after_gradients_have_stopped(format, rows, b2, request):
-    """It falls by e^10, in a row whose scale falls too or stays."""
+def test_nu_stays_unbiased_after_gradients_stop(format, rows, b2, request):
+    """Nu falls by e^10, in a row whose scale falls too or stays."""
     if format != "bfloat16" and rows == "others go on":
-        reason = "turns take nu 15 to 39% below after e^10, independent draws do not"
+        reason = "with turns nu is 15 to 39% too small after e^10, with independent draws it is not"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     steps, shape = round(10 / (1 - b2)), (64, 1024)
     start = jnp.asarray(np.exp(np.random.default_rng(0).standard_normal(shape)), jnp.float32)
@@ -433,13 +433,13 @@ def test_nu_after_gradients_have_stopped(format, rows, b2, request):
 
     nu, _ = run(start, scale)
     ratio = np.float64(nu) / np.float64(start) / b2**steps
-    # Weighted by what it was, since codes far below the scale are far apart.
+    # Relative to each coordinate's start, since codes far below the scale are far apart.
     assert abs(np.mean(ratio) - 1) < OFF[format] + 4 * np.std(ratio) / np.sqrt(ratio.size)
 
 
 @each_nu
 def test_nu_is_unbiased_to_a_part_in_ten_million(bits):
-    """A bias of each rounding is 1 / (1 - b2) times as large in nu: 1% for b2 = 0.99999."""
+    """Nu multiplies a rounding's bias by 1 / (1 - b2): 1e-7 would become 1% at b2 = 0.99999."""
     rng = np.random.default_rng(0)
     count = 2**12
     z = np.exp2(-rng.uniform(0, 9, count)).astype(np.float32)
@@ -454,9 +454,9 @@ def test_nu_is_unbiased_to_a_part_in_ten_million(bits):
 
 
 def mean_over_noise(bits, z):
-    """The lower code, and how often the upper one is stored, over all that noise may be."""
+    """Returns the lower code, and how often the upper one is stored, over all noise."""
     words = jnp.arange(2**14, dtype=jnp.uint32)
-    words = jnp.concatenate([words, words + np.uint32(2**31)])  # one more bit, for 8 bits
+    words = jnp.concatenate([words, words + np.uint32(2**31)])  # codes of 8 bits use one more bit
     word, _, _ = Int8Nu(bits).write(jnp.full(2**15, z), jnp.float32(1), words)
     code = (word - np.uint32(ONE)) >> np.uint32(23 - bits)
     return code.min(), jnp.mean((code - code.min()).astype(jnp.float32))
@@ -473,7 +473,7 @@ def leaf(mu="float32", nu="float32", shape=(2, 4)):
     return Stored(jnp.zeros(shape, mu), jnp.zeros(shape, nu))
 
 
-def test_dtypes_tell_the_format():
+def test_dtypes_determine_the_format():
     bfloat16 = np.dtype(jnp.bfloat16)
     assert codec_of(leaf("int8", "uint8")) == JOINT
     assert codec_of(leaf("int8", "float32")) == ONLY_MU
@@ -498,7 +498,7 @@ def read_joint(stored):
 
 
 def test_two_bytes_hold_both_moments():
-    """All pairs of bytes, against the layout: sign, six bits of mu, and nu's lowest bit of nine."""
+    """Checks all pairs of bytes: sign, six bits of mu, and the lowest of nine bits of nu."""
     high, low = np.divmod(np.arange(2**16), 2**8)
     magnitude, code = high % 2**7 >> 1, low * 2 + high % 2
     used = (magnitude <= 62) & (code < 504)
@@ -519,14 +519,14 @@ def test_two_bytes_hold_both_moments():
     )
     smallest = JOINT.nu_at_smallest(stored)
     np.testing.assert_array_equal(smallest, code == 0)
-    # One array of both, and apart again.
+    # They can be joined into one array and parted again.
     joined = JOINT.joined(stored)
     assert joined.dtype == jnp.uint16
     np.testing.assert_array_equal(joined, high * 2**8 + low)
     parted = JOINT.parted(joined)
     np.testing.assert_array_equal(parted.mu, stored.mu)
     np.testing.assert_array_equal(parted.nu, stored.nu)
-    # What is encoded again is the same.
+    # Encoding again gives the same bytes.
     words = jnp.full(len(code), 2**32 - 1, jnp.uint32)
     again, values = JOINT.write((mu, nu), stored, opened, given_words(words))
     for moment, value, wanted in zip(again[:2], values, (stored.mu, stored.nu), strict=True):
@@ -554,7 +554,7 @@ def test_zeroed_bytes_of_mu_lose_one_bit_of_nu():
 
 
 def with_random_codes(codec, shape=(16, 128), seed=0):
-    """A leaf with random codes, scales and units."""
+    """Returns a leaf with random codes, scales and units."""
     rng = np.random.default_rng(seed)
     scale, unit = np.exp(3 * rng.standard_normal((2, *shape[:-1], 1))).astype(np.float32)
     rows, _ = codec.sealed(jnp.asarray(scale), jnp.asarray(unit), Rows(jnp.float32(0), None))
@@ -583,8 +583,8 @@ def with_its_mode(dtypes):
     + [(*with_its_mode(dtypes), False) for dtypes in (FORMATS[0], FORMATS[4])],
     indirect=["x64"],
 )
-def test_write_tells_what_read_will_return(dtypes, x64, compiled):
-    """Bit for bit: on a GPU a step goes on from the first, on a CPU and a TPU from the second."""
+def test_write_returns_the_values_that_read_will_return(dtypes, x64, compiled):
+    """A step on a GPU uses the values of `write`, on a CPU and a TPU those of `read`."""
     dtype = jnp.float64 if "float64" in dtypes else jnp.float32
     shape = (32, 128)
     rng = np.random.default_rng(0)
@@ -613,8 +613,8 @@ def test_write_tells_what_read_will_return(dtypes, x64, compiled):
 
 
 @pytest.mark.parametrize("words", [0, 2**32 - 1], ids=["down", "up"])
-def test_nu_in_bfloat16_passes_what_is_not_finite(words):
-    """NaN of any pattern too: the last one, that of GPUs, must not count on to a zero's."""
+def test_nu_in_bfloat16_keeps_infinity_and_nan(words):
+    """NaN of any bit pattern stays NaN: adding to the GPU's pattern must not wrap to zero."""
     nu = jnp.asarray(numbers([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F7F0000, 0]))
     like = leaf("float32", "bfloat16", shape=nu.shape)
     drawn = given_words(np.uint32(words))
@@ -625,21 +625,21 @@ def test_nu_in_bfloat16_passes_what_is_not_finite(words):
 
 
 def test_both_moments_round_independently():
-    """mu takes upper bits of a word, and nu lower ones."""
+    """Mu uses the upper bits of a word, and nu the lower ones."""
     phase = random_words(0).astype(np.uint32)
     for step in (0, 17, 100):
         words = np.asarray(draw_at(jnp.int32(step)).in_turn(jnp.zeros((256, 256))))
         assert words.dtype == np.uint32
         correlation = np.corrcoef(words.ravel() / 2.0**32, words.ravel() % 2**14 / 2.0**14)
         assert abs(correlation[0, 1]) < 5 / 256
-    assert np.unique(phase - np.asarray(words).ravel()).size == 1  # a turn for all
+    assert np.unique(phase - np.asarray(words).ravel()).size == 1  # all turn alike
 
 
 # ------------------------------------------------------------------ rows
 
 
-def test_the_checksum():
-    """In the lowest 12 bits of the unit: of its others, of the format, and of a scale of nu."""
+def test_the_checksum_covers_unit_scale_and_format():
+    """The unit's lowest 12 bits cover its other bits, the format, and nu's scale."""
     scale, unit = numbers(random_words(0) % 0x7F800000), numbers(random_words(1) % 0x7F800000)
     upper = patterns(unit) & ~0xFFF
     formats = {1: ONLY_MU, 2: ONLY_NU, 3: JOINT}
@@ -656,13 +656,13 @@ def test_the_checksum():
                 missed = np.sum(~np.isnan(other.opened(rows, jnp.float32).unit))
                 # 2^16 / 2^12 = 16 on average, and 5 standard deviations of 4 above that.
                 assert missed <= 36
-        # A state begins with zeros.
+        # A new state consists of zeros.
         zeros = codec.opened(Rows(jnp.zeros((3, 1)), jnp.zeros((3, 1))), jnp.float32)
         assert not np.any(zeros)
 
 
 def edits():
-    """Of scales and units that belong together, to others that do not: what people do to states."""
+    """Edits that users make to states: scales and units no longer belong together."""
     rows = [np.asarray(x) for x in with_random_codes(JOINT, (2**14, 1), seed=1).rows]
     others = [np.asarray(x) for x in with_random_codes(JOINT, (2**14, 1), seed=2).rows]
     (scale, unit), (scale2, unit2) = rows, others
@@ -680,7 +680,7 @@ def edits():
 
 @pytest.mark.parametrize("edit", edits())
 def test_a_wrong_checksum_gives_nan(edit):
-    """1 in 4096 of wrong checksums is right by chance."""
+    """1 in 4096 wrong checksums matches by chance."""
     scale, unit = edits()[edit]
     opened = JOINT.opened(Rows(jnp.asarray(scale), jnp.asarray(unit)), jnp.float32)
     missed = ~np.isnan(opened.unit)
@@ -691,14 +691,14 @@ def test_a_wrong_checksum_gives_nan(edit):
 
 @pytest.mark.parametrize("b2", [0.0, 0.9, 0.999, 0.99999])
 @pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.999])
-def test_the_unit_of_mu(b1, b2):
+def test_the_unit_of_mu_agrees_with_float64(b1, b2):
     t = np.arange(1, 3000, 7).astype(np.float32)
     found = jax.vmap(lambda t: unit_of_mu(Decay.of(b1), Decay.of(b2), t))(jnp.asarray(t))
     t = t.astype(np.float64)
     h = (1 - b1**t) / np.sqrt(1 - b2**t)
     one_minus_b1 = max(1 - b1, 0.01)
     desired = 8.4 * np.sqrt(one_minus_b1 / (2 - one_minus_b1)) * h
-    # Both corrections are within an ulp or so: see `test_bias_correction`.
+    # Both corrections are accurate to about an ulp: see `test_bias_correction_agrees_with_float64`.
     np.testing.assert_allclose(found, desired, rtol=1e-6)
 
 
@@ -707,14 +707,14 @@ def test_the_unit_of_mu(b1, b2):
     [("float32", False), ("bfloat16", False), ("float64", True)],
     indirect=["x64"],
 )
-def test_the_power_below_the_root_of_a_float(dtype, x64):
-    """Exact, from the smallest normal number to the largest."""
+def test_a_float_nu_gives_the_power_below_its_root(dtype, x64):
+    """It is exact from the smallest normal number to the largest."""
     info = jnp.finfo(dtype)
     words = random_words(0, 4096).astype(np.uint64)
     words = words * 2**32 + random_words(1, 4096).astype(np.uint64)
     word = np.dtype(f"u{np.dtype(dtype).itemsize}")
     nu = (words >> np.uint64(65 - info.bits)).astype(word).view(info.dtype)
-    with np.errstate(invalid="ignore"):  # what a signalling NaN signals
+    with np.errstate(invalid="ignore"):  # which a signalling NaN raises
         nu = nu[np.isfinite(nu.astype(np.float64))]
     nu = np.append(nu, np.array([float(info.tiny), float(info.max), 1, 2, 3, 4], info.dtype))
     wide = np.float64 if dtype == "float64" else np.float32

@@ -1,4 +1,4 @@
-"""A training run goes on in another storage format, with another remainder, from optax's state."""
+"""A training run continues in another storage format, with another remainder, from optax."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ SHAPE = (64, 64)
 @pytest.mark.covering
 @pytest.mark.parametrize("formats", [("int8", "int8"), ("bfloat16", "int8"), ("int8", "bfloat16")])
 @pytest.mark.parametrize("factory", [adam_jax.adam, adam_jax.nadamw], ids=["adam", "nadamw"])
-def test_a_run_goes_on_in_another_format(formats, factory):
+def test_a_run_continues_in_another_format(formats, factory):
     params = {"w": jnp.ones((64, 128)), "b": jnp.ones(7), "none": None}
     rng = np.random.default_rng(3)
 
@@ -40,16 +40,16 @@ def test_a_run_goes_on_in_another_format(formats, factory):
     desired, _ = plain.update(g, state, params)
     error = jnp.linalg.norm(updates["w"] - desired["w"]) / jnp.linalg.norm(desired["w"])
     assert error < 0.08
-    # Small leaves are in float32 in int8, but in bfloat16 if that was asked for.
+    # Small leaves stay in float32 under int8, but not under bfloat16.
     np.testing.assert_allclose(updates["b"], desired["b"], rtol=0.03)
     back, _ = plain.update(g, adam_jax.convert_state(converted), params)
     assert jnp.isfinite(back["w"]).all()
-    # From one of the formats into itself nothing changes.
+    # Converting a format into itself changes nothing.
     chex.assert_trees_all_equal(adam_jax.convert_state(converted, *formats), converted)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_run_of_optax_in_bfloat16_goes_on():
+def test_an_optax_run_in_bfloat16_continues():
     params = jnp.ones(SHAPE)
     theirs = optax.adam(0.1, mu_dtype="bfloat16")
     _, state = theirs.update(params, theirs.init(params))
@@ -62,8 +62,8 @@ def test_a_run_of_optax_in_bfloat16_goes_on():
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
 @each_row_with_peer
-def test_a_state_of_optax_goes_on(row, dtype):
-    """In the dtypes that optax gives it: those of the parameters, for complex ones a complex nu."""
+def test_an_optax_state_continues(row, dtype):
+    """Optax stores moments in the parameters' dtype, and nu of complex ones as complex numbers."""
     params = {"w": jnp.ones((3, 5), dtype), "b": jnp.ones(4, dtype)}
     gradients = jax.tree.map(lambda p: p * jnp.asarray(0.25, dtype), params)
     theirs, ours = row.make_peer(), row.make()
@@ -80,7 +80,7 @@ def test_a_state_of_optax_goes_on(row, dtype):
     desired, own = ours.update(gradients, own, params)
     assert dtypes_of(state) == dtypes_of(own)
     assert dtypes_of(updates) == dtypes_of(gradients)
-    # So much do bfloat16 and float16 lose in optax's moments, three times each.
+    # Optax's moments in bfloat16 and float16 lose this much, three times each.
     rtol = {"bfloat16": 3 * 2.0**-8, "float16": 3 * 2.0**-11}.get(dtype, 1e-5)
     for u, expected in zip(jax.tree.leaves(updates), jax.tree.leaves(desired), strict=True):
         np.testing.assert_allclose(u.astype(complex), expected.astype(complex), rtol=rtol)
@@ -112,7 +112,7 @@ def test_weights_stay_when_remainders_change(old, new, dtype):
         half = ulp(kept["w"], dtype) * 2.0 ** -(KEPT[new] + 1)
         assert np.all(np.abs(after["w"].astype(float) - kept["w"]) <= half)
         assert np.any(after["w"] != kept["w"])
-    # The rest of the state is what it was, and back there is no further loss.
+    # The rest of the state is unchanged, and converting back loses nothing more.
     chex.assert_trees_all_equal(new_state.inner_state, state.inner_state)
     if KEPT[new] >= KEPT[old]:
         back = convert_remainder(new_params, new_state, old)
@@ -120,8 +120,8 @@ def test_weights_stay_when_remainders_change(old, new, dtype):
 
 
 @pytest.mark.usefixtures("standard_promotion")  # optax.apply_updates adds bfloat16 and float32
-def test_from_float32_to_seven_bytes_and_back():
-    """As docs/formats.md has it."""
+def test_a_run_moves_from_float32_to_seven_bytes_and_back():
+    """Follows docs/formats.md."""
     rng = np.random.default_rng(5)
     weights = {"w": jnp.asarray(rng.standard_normal((64, 128)), jnp.float32)}
     gradients = jax.tree.map(lambda w: w + 0.5, weights)
@@ -139,8 +139,8 @@ def test_from_float32_to_seven_bytes_and_back():
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert dtypes_of(back) == dtypes_of(state)
     desired, state = take_step(plain, weights, state, gradients)
-    # Of a step of 1e-3, int8 moments miss some hundredths; 8 bits more than bfloat16 are one
-    # part in 2^16 of the weight, which is rounded twice.
+    # int8 moments miss a step of 1e-3 by some hundredths. A weight with 8 bits more than bfloat16
+    # has an error of one part in 2^16, and is rounded twice.
     error = np.abs(after - desired["w"])
     assert np.all(error < 2e-4 + 2.0**-15 * np.abs(weights["w"]))
     assert back[0].count == state[0].count == 2
@@ -151,7 +151,7 @@ def take_step(optimizer, params, state, gradients) -> tuple[Any, Any]:
     return optax.apply_updates(params, updates), state
 
 
-def test_a_remainder_that_there_is_none_of():
+def test_unknown_and_missing_remainders_are_refused():
     params = jnp.ones(3, jnp.bfloat16)
     state = master_weights(adam_jax.adam(1e-3), "int8").init(params)
     with pytest.raises(ValueError, match=r"remainder must be one of 'none', .* got 'int4'"):
@@ -160,7 +160,7 @@ def test_a_remainder_that_there_is_none_of():
         convert_remainder(params, adam_jax.adam(1e-3).init(params), "int8")
 
 
-def test_a_format_that_cannot_be():
+def test_impossible_formats_are_refused():
     amsgrad = adam_jax.amsgrad(0.1).init(jnp.ones(SHAPE))
     with pytest.raises(ValueError, match="nu_max is a maximum"):
         adam_jax.convert_state(amsgrad, nu_dtype="int8")

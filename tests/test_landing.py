@@ -1,4 +1,4 @@
-"""`check_landing`: whether parameters are where the last updates should have brought them."""
+"""`check_landing` finds parameters that did not move by the last updates."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def params_of(dtype) -> Any:
 
 @pytest.mark.parametrize("change", CHANGES)
 @each_remainder
-def test_updates_that_somebody_changes(remainder, change):
+def test_updates_that_are_changed_later_are_found(remainder, change):
     optimizer = optax.chain(make(remainder), CHANGES[change])
     params = params_of("bfloat16")
     step = step_of(optimizer)
@@ -44,7 +44,7 @@ def test_updates_that_somebody_changes(remainder, change):
         jax.block_until_ready(step(moved, state, params))
 
 
-def test_outside_of_jit_the_error_is_one_of_python():
+def test_eager_steps_raise_a_value_error():
     optimizer = optax.chain(make(), optax.scale(0.5))
     params = params_of("bfloat16")
     updates, state = optimizer.update(params, optimizer.init(params), params)
@@ -54,8 +54,8 @@ def test_outside_of_jit_the_error_is_one_of_python():
         optimizer.update(params, state)
 
 
-def test_its_callback_computes_nothing_with_jax():
-    """On a CPU that would wait for threads that wait for the callback: a run stood still for it."""
+def test_the_callback_computes_nothing_with_jax():
+    """On a CPU, JAX would wait for threads that wait for the callback: a deadlock."""
 
     class Landed:
         def __array__(self, dtype=None, copy=None):
@@ -71,8 +71,8 @@ def test_its_callback_computes_nothing_with_jax():
 @pytest.mark.covering
 @each_dtype
 @each_remainder
-def test_a_run_in_which_nothing_is_wrong(remainder, dtype):
-    """Parameters move between steps where they are loaded or converted, and that is no fault."""
+def test_a_correct_run_raises_nothing(remainder, dtype):
+    """Parameters may also change between steps, when they are loaded or converted."""
     optimizer = make(remainder)
     alone = optimizer.init(params_of(dtype)).inner_state
     params, state = params_of(dtype), optimizer.init(params_of(dtype))
@@ -95,7 +95,7 @@ def test_a_run_in_which_nothing_is_wrong(remainder, dtype):
     jax.tree.map(np.testing.assert_array_equal, (params, state.inner_state), (desired, alone))
 
 
-def test_several_models_at_once():
+def test_vmap_over_models_finds_changed_updates():
     optimizer = optax.chain(make(), optax.scale(0.5))
     params = jax.tree.map(lambda p: jnp.stack([p, p + 1]), params_of("bfloat16"))
     state = jax.vmap(optimizer.init)(params)

@@ -1,4 +1,4 @@
-"""`master_weights`: what is kept of a float32 weight, and that nothing else of it is lost."""
+"""`master_weights` stores the promised bits of each float32 weight and loses nothing more."""
 
 import functools
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def train(optimizer, params, gradients):
-    """Parameters and state after a run in one scan, on gradients that are given."""
+    """Returns parameters and state after a run on these gradients, in one scan."""
     params, state, _ = scan(optimizer, params, gradients)
     return params, state
 
@@ -46,11 +46,11 @@ def tree_of(dtype, time=(), seed=0) -> dict[str, Any]:
     return random_tree(shapes, dtype, seed, time) | {"nothing": {}}
 
 
-# A step's weight is what parameter and remainder keep of it.
+# Parameter and remainder together store the weight after each step.
 
 
 class Seen(NamedTuple):
-    """What the optimizer inside saw and returned in its last step."""
+    """The weights and updates of the inner optimizer's last step."""
 
     count: Any
     weights: Any
@@ -59,9 +59,9 @@ class Seen(NamedTuple):
 
 
 def seeing(inner, *, rounded):
-    """The optimizer with its last weights and updates in the state.
+    """Returns the optimizer with its last weights and updates in the state.
 
-    With `rounded` updates pass through an integer operation, a xor with 0, so that no compiler can
+    With `rounded`, updates pass through an integer operation, a xor with 0. Then no compiler can
     fuse a product at their end with the sum that follows.
     """
 
@@ -71,7 +71,7 @@ def seeing(inner, *, rounded):
     def update(updates, state, params=None):
         updates, inner_state = inner.update(updates, state.inner_state, params)
         if rounded:
-            zero = state.count >> 31  # which a compiler does not know
+            zero = state.count >> 31  # unknown to a compiler
             updates = jax.tree.map(
                 lambda u: (u.view(jnp.int32) ^ zero).view(jnp.float32) if u.size else u, updates
             )
@@ -81,7 +81,7 @@ def seeing(inner, *, rounded):
 
 
 def seen_in_1000_steps(inner, dtype, remainder, *, rounded):
-    """The weights of a jitted run, (1001, ...), and its updates, (1000, ...), for each leaf."""
+    """Returns weights, (1001, ...), and updates, (1000, ...), of a jitted run, for each leaf."""
     optimizer = master_weights(seeing(inner, rounded=rounded), remainder)
     params, gradients = tree_of(dtype), tree_of(dtype, (1000,), 1)
     params, states = descend(optimizer, lambda _, g: g, params, gradients)
@@ -121,7 +121,7 @@ def test_parameter_and_remainder_are_the_float32_weight_of_each_step(name, dtype
 @each_inner
 @each_that_is_float32
 def test_a_compiler_that_fuses_product_and_sum_rounds_once(name, dtype, remainder, x64):
-    """Then the update that is added has bits below its last: less than half an ulp of it."""
+    """The added update then has extra bits, worth less than half an ulp of it."""
     weights, updates = seen_in_1000_steps(INNER[name](), dtype, remainder, rounded=False)
     for w, u in zip(weights, updates, strict=True):
         exact = w[:-1].astype(np.float64) + u.astype(np.float64)
@@ -133,8 +133,8 @@ def test_a_compiler_that_fuses_product_and_sum_rounds_once(name, dtype, remainde
 @pytest.mark.covering
 @each_inner
 @each_that_is_float32
-def test_eager_steps_are_bit_identical_to_those_of_float32(name, dtype, remainder, x64):
-    """Each product is rounded at the end of a program, and added in the next one."""
+def test_eager_steps_are_bit_identical_to_float32_steps(name, dtype, remainder, x64):
+    """A program rounds each product at its end, and the next program adds it."""
     inner = INNER[name]()
     optimizer = untyped(master_weights(inner, remainder))
     low, gradients = tree_of(dtype), tree_of(dtype, (20,), 1)
@@ -159,8 +159,8 @@ EXACT_INNER = {
 @pytest.mark.covering
 @pytest.mark.parametrize("name", EXACT_INNER)
 @each_that_is_float32
-def test_1000_jitted_steps_of_exact_products_are_those_of_float32(name, dtype, remainder, x64):
-    """So whether a compiler fuses products and sums makes no difference."""
+def test_1000_jitted_steps_of_exact_products_equal_float32_steps(name, dtype, remainder, x64):
+    """It makes no difference then whether a compiler fuses products and sums."""
     params, gradients = tree_of(dtype), tree_of(dtype, (1000,), 1)
     low, state = train(master_weights(EXACT_INNER[name](), remainder), params, gradients)
     desired, desired_state = train(EXACT_INNER[name](), widened(params), widened(gradients))
@@ -174,11 +174,11 @@ def test_1000_jitted_steps_of_exact_products_are_those_of_float32(name, dtype, r
 @pytest.mark.covering
 @each_inner
 @each_that_is_float32
-def test_1000_jitted_steps_are_those_of_float32_but_for_fused_roundings(name, dtype, remainder):
+def test_1000_jitted_steps_equal_float32_steps_up_to_fused_roundings(name, dtype, remainder):
     params, gradients = tree_of(dtype), tree_of(dtype, (1000,), 1)
     low, _ = state = train(master_weights(INNER[name](), remainder), params, gradients)
     desired, _ = train(INNER[name](), widened(params), widened(gradients))
-    # At most an ulp of the weight in each step, if the two programs are fused differently.
+    # An ulp of the weight in each step at most, if the compiler fuses the programs differently.
     assert_close(master_params(*state), desired, 1000 * 2.0**-23)
     chex.assert_trees_all_equal_dtypes(low, params)
 
@@ -188,7 +188,7 @@ def test_1000_jitted_steps_are_those_of_float32_but_for_fused_roundings(name, dt
 @each_dtype
 @pytest.mark.parametrize("direction", [1, -1])
 def test_small_steps_add_up(dtype, direction):
-    """500 steps of 1e-4 from 1, on 65,536 coordinates: float32 comes to 1.05 or .95."""
+    """Makes 500 steps of 1e-4 from 1 on 65,536 coordinates: float32 reaches 1.05 or .95."""
     n, steps, step = 2**16, 500, direction * 1e-4
     params = jnp.ones(n, dtype)
     gradients = jnp.full((steps, n), step)
@@ -199,7 +199,7 @@ def test_small_steps_add_up(dtype, direction):
         low, state = train(master_weights(optax.identity(), remainder), params, gradients)
         error = np.asarray(master_params(low, state), np.float64) - np.float64(desired)
         # Numbers are `grid` apart, and a step of a share p between two of them has variance
-        # p (1 - p) grid^2. Float32's own 500 roundings come on top.
+        # p (1 - p) grid^2. The 500 roundings of float32 add to that.
         grid = ulp(1.0 if direction > 0 else 0.99, dtype) * unit
         share = abs(step) / grid % 1
         deviation = grid * np.sqrt(steps * share * (1 - share))
@@ -226,7 +226,7 @@ def test_random_bits_differ_between_steps_leaves_and_coordinates():
 
 
 @pytest.mark.slow
-def test_loading_float32_weights():
+def test_loaded_float32_weights_can_be_read_back():
     master = {"w": log_uniform(4096, -17, 15.9), "b": np.float32(0.1), "c": np.zeros(0, np.float32)}
     for dtype in LOW:
         params = jax.tree.map(lambda w, dtype=dtype: jnp.asarray(w, dtype), master)
@@ -243,13 +243,13 @@ def test_loading_float32_weights():
                 error = np.abs(np.asarray(read["w"], np.float64) - master["w"])
                 bound = ulp(master["w"], dtype) * 2.0 ** -KEPT[remainder] / 2
                 assert np.all(error <= bound)
-    wide_master = np.array([1e-30, 1e5, 3e38], np.float32)  # float32 remainders know no bounds
+    wide_master = np.array([1e-30, 1e5, 3e38], np.float32)  # float32 remainders have no bounds
     low, state = start(master_weights(optax.sgd(0.1), "float32"), wide_master, "float16")
     np.testing.assert_array_equal(np.asarray(low, np.float32), [0, 65504, 65504])
     np.testing.assert_array_equal(master_params(low, state), wide_master)
 
 
-def test_loading_leaves_wide_and_missing_leaves_and_the_rest_of_the_state_alone():
+def test_loading_changes_neither_wide_nor_missing_leaves_nor_other_state():
     params = {"low": jnp.ones(3, jnp.bfloat16), "wide": jnp.ones(3), "none": None}
     optimizer = untyped(master_weights(adam_jax.adam(0.1), "int8"))
     _, state = optimizer.update(params, optimizer.init(params), params)
@@ -265,7 +265,7 @@ def test_loading_leaves_wide_and_missing_leaves_and_the_rest_of_the_state_alone(
     assert new_state.remainder["low"].dtype == jnp.int8
 
 
-def test_weights_that_do_not_fit_their_parameters():
+def test_weights_that_do_not_fit_their_parameters_are_refused():
     params = {"none": None, "w": jnp.ones((2, 3), jnp.bfloat16), "wide": jnp.ones(3)}
     state = master_weights(adam_jax.adam(0.1), "int8").init(params)
     for name, wrong, error, message in [
@@ -319,15 +319,15 @@ def train_with_value(optimizer, params, gradients):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
-def test_outermost_around_other_transformations(name):
-    """With 16 bits for bfloat16, any of them does what it does to float32."""
+def test_other_transformations_work_inside(name):
+    """With an int16 remainder, each transformation treats bfloat16 weights like float32."""
     params, gradients = tree_of("bfloat16"), tree_of("bfloat16", (10,), 1)
     if name == "apply_if_finite":
         gradients["kernel"] = gradients["kernel"].at[4, 0, 0].set(jnp.nan)
     low, state = train_with_value(master_weights(CHAINS[name](), "int16"), params, gradients)
     desired, _ = train_with_value(CHAINS[name](), widened(params), widened(gradients))
     chex.assert_tree_all_finite(desired)
-    # A compiler may contract a product and a sum into one rounding, or not.
+    # A compiler may or may not contract a product and a sum into one rounding.
     chex.assert_trees_all_close(master_params(low, state), desired, rtol=1e-6, atol=1e-7)
     chex.assert_trees_all_equal_dtypes(low, params)
     assert np.any(low["kernel"] != params["kernel"])
@@ -335,7 +335,7 @@ def test_outermost_around_other_transformations(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remainder", ["none", "int16"])
-def test_inside_transformations_that_leave_its_updates_alone(remainder):
+def test_transformations_that_keep_its_updates_work_outside(remainder):
     params, gradients = tree_of("bfloat16"), widened(tree_of("bfloat16", (6,), 1))
     make = lambda rate=1e-2: master_weights(adam_jax.adamw(rate), remainder)  # noqa: E731
     low, state = train(make(), params, gradients)
@@ -348,7 +348,7 @@ def test_inside_transformations_that_leave_its_updates_alone(remainder):
         other, other_state = train(optimizer, params, gradients)
         chex.assert_trees_all_equal_dtypes(other, params)
         ours, theirs = (master_params(*run) for run in ((low, state), (other, other_state)))
-        # Random rounding turns a last bit of difference between compilations into a whole one.
+        # Stochastic rounding may turn a difference in the last bit into a difference of one code.
         steps = {"none": 2.0**-7, "int8": 2.0**-15}.get(remainder, 1e-6)
         chex.assert_trees_all_close(ours, theirs, rtol=steps, atol=1e-6)
 
@@ -357,7 +357,7 @@ def test_inside_transformations_that_leave_its_updates_alone(remainder):
 @each_remainder
 @each_dtype
 def test_multi_steps_outside_keeps_every_bit_of_the_weights(dtype, remainder):
-    """What steps it makes are those of the sums of gradients, which it adds up in 16 bits."""
+    """MultiSteps accumulates in 16 bits and steps on the sums of gradients."""
     calls, k = 32, 4
     params = tree_of(dtype)
     gradients = jax.tree.map(lambda g: jnp.round(g * 8) / 8, tree_of(dtype, (calls // k,), 1))
@@ -365,7 +365,7 @@ def test_multi_steps_outside_keeps_every_bit_of_the_weights(dtype, remainder):
     low, state = train(make(), params, gradients)
     outside = optax.MultiSteps(make(), k).gradient_transformation()
     step, other, other_state = step_of(outside), params, untyped(outside.init(params))
-    # No scan: optax 0.2.6 changes the dtype of its sums at the first step.
+    # No scan here: optax 0.2.6 changes the dtype of its sums at the first step.
     for i in range(calls):
         gradient = jax.tree.map(lambda g, i=i: g[i // k], gradients)  # the mean of k is exact
         other, other_state = step(other, other_state, gradient)
@@ -383,8 +383,8 @@ WITH_WEIGHTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
-def test_optimizers_that_keep_weights_in_their_state(name):
-    """They are told of the weights that are loaded, as the docstring has it."""
+def test_optimizers_with_weights_in_their_state_learn_of_loaded_weights(name):
+    """Such optimizers learn of loaded weights in the way that the docstring describes."""
     inner = WITH_WEIGHTS[name]()
     weights = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32)}
     gradients = {"kernel": tree_of("bfloat16", (40,), 1)["kernel"]}
@@ -406,7 +406,7 @@ def test_optimizers_that_keep_weights_in_their_state(name):
 
 
 @each_remainder
-def test_optimizers_that_cannot_be_inside(remainder):
+def test_optimizers_that_cannot_be_inside_are_refused(remainder):
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     mechanized = optax.chain(optax.clip(1.0), optax.contrib.mechanize(adam_jax.adamw(1e-3)))
     optimizer = untyped(master_weights(mechanized, remainder))
@@ -441,7 +441,7 @@ def test_masked_leaves_are_not_touched():
 @pytest.mark.slow
 @pytest.mark.covering
 @each_remainder
-def test_wide_leaves_go_through(remainder, x64):
+def test_wide_leaves_get_the_inner_optimizer_s_updates(remainder, x64):
     dtypes = ["float32", "complex64"] + ["float64", "complex128"] * x64
     params = {d: jnp.ones(3, d) for d in dtypes} | {"low": jnp.ones(3, jnp.bfloat16)}
     gradients = jax.tree.map(lambda p: jnp.full(3, 0.3, p.dtype), params)
@@ -474,7 +474,7 @@ def test_a_none_gradient_freezes_its_parameter(remainder):
     whole, _ = optimizer.update(gradients, state, params)
     updates, after = optimizer.update(gradients | {"kernel": None}, state, params)
     assert updates["kernel"] is None
-    # The other leaves keep their places in the tree, and with them their random bits.
+    # The other leaves stay in their places in the tree, which determine their random bits.
     chex.assert_trees_all_equal(updates["scalar"], whole["scalar"])
     assert updates["none"] is None
     chex.assert_trees_all_equal_structs(state, after)
@@ -485,7 +485,7 @@ def test_a_none_gradient_freezes_its_parameter(remainder):
 @pytest.mark.covering
 @each_remainder
 @pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_types_and_bytes_of_the_state(remainder, dtype, x64):
+def test_the_state_has_the_documented_types_and_bytes(remainder, dtype, x64):
     params = tree_of(dtype)
     optimizer = master_weights(optax.sgd(0.1), remainder)
     state = optimizer.init(params)
@@ -495,13 +495,13 @@ def test_types_and_bytes_of_the_state(remainder, dtype, x64):
     size = sum(r.nbytes for r in jax.tree.leaves(state.remainder))
     assert size == {"none": 0, "int8": 1, "int16": 2, "float32": 4}[remainder] * n
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(optimizer.init, params), state)
-    _, after = train(optimizer, params, tree_of(dtype, (2,)))  # as a carry: nothing changes
+    _, after = train(optimizer, params, tree_of(dtype, (2,)))  # scan's carry may not change types
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     assert after.count == 2
 
 
 @each_remainder
-def test_optax_tree_functions_and_checkpoints(remainder, tmp_path):
+def test_optax_tree_functions_and_checkpoints_accept_the_state(remainder, tmp_path):
     params = tree_of("bfloat16") | {"wide": jnp.ones(3)}
     optimizer = master_weights(adam_jax.adamw(1e-2), remainder)
     params, state = train(optimizer, params, tree_of("bfloat16", (3,)) | {"wide": jnp.ones((3, 3))})
@@ -531,7 +531,7 @@ def test_optax_tree_functions_and_checkpoints(remainder, tmp_path):
 @each_remainder
 @each_dtype
 def test_jit_equals_eager(remainder, dtype):
-    """To the bit, with steps that no contraction of products and sums can change."""
+    """The results are bit-identical if contracting products and sums cannot change the steps."""
     optimizer = master_weights(optax.sgd(0.125), remainder)
     params, gradients = tree_of(dtype), tree_of(dtype, seed=1)
     state = optimizer.init(params)
@@ -543,7 +543,7 @@ def test_jit_equals_eager(remainder, dtype):
 
 
 @each_remainder
-def test_vmap(remainder):
+def test_vmap_equals_separate_steps(remainder):
     optimizer, _ = given_steps(remainder)
     params = jnp.stack([jnp.ones(8, jnp.bfloat16), jnp.full(8, -3.0, jnp.bfloat16)])
     steps = jnp.asarray(log_uniform(16, -12, 0)).reshape(2, 8)
@@ -555,7 +555,7 @@ def test_vmap(remainder):
 
 
 @each_remainder
-def test_donation_and_shard_map(remainder):
+def test_steps_work_with_donation_and_in_shard_map(remainder):
     optimizer, _ = given_steps(remainder)
     params, steps = tree_of("bfloat16"), widened(tree_of("bfloat16", seed=1))
     state = optimizer.init(params)
@@ -597,7 +597,7 @@ def equations(jaxpr):
 @each_dtype
 @each_remainder
 def test_nothing_is_cast_from_float32_to_16_bits_and_back(dtype, remainder, x64):
-    """XLA on GPU takes such a pair for nothing at all, and with it the remainder."""
+    """XLA for GPU would remove such a pair of casts, and with it the remainder."""
     optimizer = master_weights(adam_jax.adamw(1e-2), remainder)
     params = jnp.ones((4, 8), dtype)
     gradients = jnp.ones((4, 8), dtype)
@@ -643,7 +643,7 @@ Y = np.sin(X[:, :2])
 
 
 @pytest.mark.parametrize("remainder", ["none", "int16"])
-def test_nnx(remainder):
+def test_an_nnx_model_trains(remainder):
     layer = functools.partial(nnx.Linear, param_dtype=jnp.bfloat16)
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(layer(8, 32, rngs=rngs), nnx.tanh, layer(32, 2, rngs=rngs))
@@ -669,7 +669,7 @@ def test_nnx(remainder):
 
 
 @pytest.mark.parametrize("remainder", ["int8", "float32"])
-def test_linen(remainder):
+def test_a_linen_model_trains(remainder):
     layer = functools.partial(nn.Dense, param_dtype=jnp.bfloat16)
     model = nn.Sequential([layer(32), nn.tanh, layer(2)])
     optimizer = master_weights(adam_jax.adamw(3e-3), remainder)
@@ -681,8 +681,8 @@ def test_linen(remainder):
 # Warnings and errors
 
 
-def test_parameters_none_of_which_has_16_bits():
-    """As after pasting an example without its cast."""
+def test_parameters_without_16_bit_leaves_raise_a_warning():
+    """This happens when an example is pasted without its cast."""
     optimizer = master_weights(adam_jax.adam(1e-3), "int8")
     wide = {"w": jnp.ones(3), "b": jnp.ones((), jnp.complex64)}
     for params in (wide, jax.eval_shape(lambda: wide)):
@@ -692,7 +692,7 @@ def test_parameters_none_of_which_has_16_bits():
     optimizer.init({})
 
 
-def test_errors():
+def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"remainder must be one of 'none', 'int8', .*'int4'"):
         master_weights(optax.sgd(0.1), "int4")
     optimizer = untyped(master_weights(optax.sgd(0.1), "int8"))

@@ -1,4 +1,4 @@
-"""One step of `master_weights`: parameter and remainder land together where the weight is."""
+"""One step of `master_weights`: parameter and remainder together land on the weight."""
 
 import functools
 
@@ -38,11 +38,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 @each_dtype
 @each_remainder
 def test_a_zero_step_changes_no_parameter(dtype, remainder, x64):
-    """Not one bit, from each of the 65,536 numbers of the dtype.
+    """No bit changes, for each of the 65,536 numbers of the dtype.
 
-    The sum of a subnormal float32 and zero may be zero: JAX has CPUs flush such numbers. It is
-    the platform's own addition that does it, in float32 training as in `optax.apply_updates`,
-    and a subnormal bfloat16 is a subnormal float32.
+    The sum of a subnormal float32 and zero may be zero, because JAX lets CPUs flush such numbers.
+    The platform's own addition does so, in float32 training as in `optax.apply_updates`, and a
+    subnormal bfloat16 is a subnormal float32.
     """
     params = jnp.asarray(all_numbers(dtype))
     optimizer, step = given_steps(remainder)
@@ -64,7 +64,7 @@ def test_a_zero_step_changes_no_parameter(dtype, remainder, x64):
 @each_remainder
 def test_a_zero_step_changes_no_remainder(dtype, remainder):
     optimizer, step = given_steps(remainder)
-    # The remainder in float32 of a smaller bfloat16 is subnormal.
+    # A smaller bfloat16 would have a subnormal remainder in float32.
     params, state = start(optimizer, log_uniform(4096, -100, 15.99), dtype)
     after, new_state, _ = step(params, state, jnp.zeros(4096))
     chex.assert_trees_all_equal(after, params)
@@ -78,7 +78,7 @@ def no_subnormal(x):
 
 
 def close_words(words):
-    """Half of them with exponents near 1, so that sums of two are not just one of them."""
+    """Gives half of the words exponents near 1, so a sum of two differs from both."""
     return np.where(words & 1, (words & 0x81FFFFFF) | 0x3E000000, words).astype(np.uint32)
 
 
@@ -90,10 +90,10 @@ def close_words(words):
 @example(np.full(WIDTH, 0x7EFF7FFF, np.uint32), np.full(WIDTH, 0xFF7FFFFF, np.uint32))
 @example(np.full(WIDTH, 0x477FDFFF, np.uint32), np.full(WIDTH, 0xC77FE000, np.uint32))
 @many_examples
-def test_any_step_from_any_weight(dtype, remainder, words, step_words):
-    """Parameter and remainder after a step together are the float32 sum, up to what is dropped.
+def test_any_step_from_any_weight_lands_on_the_float32_sum(dtype, remainder, words, step_words):
+    """After a step, parameter and remainder together are the float32 sum, up to the dropped bits.
 
-    They could not be if the parameter landed anywhere but where the remainder takes it to be.
+    This fails if the parameter lands anywhere other than the remainder assumes.
     """
     master = no_subnormal(close_words(words).view(np.float32))
     step = no_subnormal(close_words(step_words).view(np.float32))
@@ -115,7 +115,7 @@ def test_any_step_from_any_weight(dtype, remainder, words, step_words):
 
     desired = desired.astype(np.float64)
     inside = finite & (np.abs(desired) <= largest(dtype))
-    # Steps so long that the update overflows: those across all that a bfloat16 can be.
+    # The update overflows in steps as long as bfloat16's whole range.
     inside &= ~(np.abs(step) > 0.99 * largest("bfloat16"))
     if remainder == "float32" or (remainder == "int16" and dtype == "bfloat16"):
         bound = np.zeros(WIDTH)
@@ -123,8 +123,8 @@ def test_any_step_from_any_weight(dtype, remainder, words, step_words):
         bound = np.where(np.abs(desired) < 2.0**-17, 2.0**-40, 0)
     else:
         bound = ulp(desired, dtype) * 2.0 ** -KEPT[remainder]
-    # A step that cancels, see `_step_leaf`; and what the remainder in float32 of a number so
-    # small, or the update from or to it, loses to a processor without subnormal numbers.
+    # A step may cancel, see `_step_leaf`. And a processor without subnormal numbers loses some
+    # of a float32 remainder of a number as small as this, or of the update from or to it.
     cancelled = np.abs(desired) < 2.0**-15 * np.abs(old_params)
     bound = np.where(cancelled, np.maximum(bound, 2.0**-24 * np.abs(old_params)), bound)
     bound = bound + 2.0**-126 * (np.abs(desired) < 2.0**-100)
@@ -138,8 +138,8 @@ def test_any_step_from_any_weight(dtype, remainder, words, step_words):
 @pytest.mark.covering
 @each_dtype
 @each_remainder
-def test_landing(dtype, remainder):
-    """Where `apply_updates` lands is the number nearest to parameter and remainder together."""
+def test_updates_land_on_the_nearest_number(dtype, remainder):
+    """`apply_updates` lands on the number nearest to parameter and remainder together."""
     optimizer, run = given_steps(remainder)
     params, state = start(optimizer, log_uniform(2**14, -16, 15, 1), dtype)
     params, state, _ = run(params, state, log_uniform(2**14, -16, 15, 2))
@@ -162,8 +162,8 @@ def test_a_step_that_cancels_lands_where_it_can():
 @pytest.mark.covering
 @each_dtype
 @each_remainder
-def test_a_step_that_cancels_with_more_bits_than_float32(dtype, remainder):
-    """A compiler may leave out the rounding between a product and a sum that it is part of."""
+def test_a_step_that_cancels_in_more_bits_than_float32_lands_near_zero(dtype, remainder):
+    """A compiler may omit the rounding between a product and the sum that it enters."""
     weights = log_uniform(2**14, -12, 4, 1)
     params = jnp.asarray(weights).astype(LOW[dtype])
     rate = np.float32(0.0123)
@@ -180,9 +180,9 @@ def test_a_step_that_cancels_with_more_bits_than_float32(dtype, remainder):
             updates, state = optimizer(rate).update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
-    gradients = np.float32(before) / rate  # times the rate: the weight, to a float32's rounding
+    gradients = np.float32(before) / rate  # gradient times rate is the weight, rounded to float32
     after = np.asarray(master_params(*step(params, state, gradients, rate)), np.float64)
-    # What float32 leaves, a parameter that may land 2^-24 away, and float16's subnormal numbers.
+    # float32's rounding, a parameter that may land 2^-24 away, and float16's subnormal numbers.
     smallest = 2.0 ** -(24 + KEPT[remainder]) if dtype == "float16" else 0
     assert np.all(np.abs(after) <= 2.0**-22 * np.abs(before) + smallest)
 
@@ -220,7 +220,7 @@ def test_infinity_and_nan_are_passed_on(dtype, remainder):
 
 @each_dtype
 def test_a_weight_next_to_zero_keeps_its_sign(dtype):
-    """0 + -0 is 0: the parameter cannot say that the weight has become negative."""
+    """0 + -0 is 0: the parameter cannot show that the weight has become negative."""
     optimizer = untyped(master_weights(optax.scale(1.0), "int16"))
     params = jnp.zeros(2, LOW[dtype])
     state = optimizer.init(params)
@@ -231,14 +231,14 @@ def test_a_weight_next_to_zero_keeps_its_sign(dtype):
     np.testing.assert_array_equal(master_params(params, state), step)
 
 
-H = 2.0**-10  # of finite differences
+H = 2.0**-10  # step of finite differences
 
 
 @pytest.mark.covering
 @each_dtype
 @each_remainder
-def test_derivatives_are_those_of_the_float32_weights(remainder, dtype, standard_promotion):
-    """By hyperparameters, gradients and parameters, over several steps, and after loading."""
+def test_derivatives_agree_with_float32_weights(remainder, dtype, standard_promotion):
+    """Differentiates by hyperparameters, gradients and parameters, over steps and after loading."""
     rng = np.random.default_rng(0)
     weights = jnp.asarray(1 + rng.random(64), dtype).astype(jnp.float32)
     gradients = jnp.asarray(rng.standard_normal((4, 64)), dtype).astype(jnp.float32)
@@ -269,7 +269,7 @@ def test_derivatives_are_those_of_the_float32_weights(remainder, dtype, standard
             settings, gradients, weights
         )
 
-    # Tangents of parameters are rounded as parameters are, and without a remainder weights are.
+    # Tangents of parameters are rounded like parameters, and without a remainder so are weights.
     found, desired = derivatives(low=True), derivatives(low=False)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(desired), strict=True):
         np.testing.assert_allclose(x, y, atol=4 * jnp.finfo(dtype).eps * np.max(np.abs(y)))

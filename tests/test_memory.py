@@ -16,7 +16,7 @@ SIZE = sum(int(np.prod(shape)) for shape in MODEL.values())
 
 
 def shapes(dtype="float32", spec=None, mesh=None):
-    """The model's parameters, none of which is allocated."""
+    """Returns the model's parameters as shapes, without allocating any."""
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec or ()))
     return {name: jax.ShapeDtypeStruct(x, dtype, sharding=place) for name, x in MODEL.items()}
 
@@ -38,7 +38,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_counts_what_is_allocated(name):
+def test_memory_usage_counts_allocated_bytes(name):
     optimizer = OPTIMIZERS[name]()
     params = {k: jnp.zeros(x.shape, x.dtype) for k, x in shapes("bfloat16").items()}
     usage = adam_jax.memory_usage(optimizer, shapes("bfloat16"))
@@ -54,14 +54,14 @@ def test_counts_what_is_allocated(name):
 
 def test_each_kind_of_state_has_its_name():
     usage = adam_jax.memory_usage(seven_bytes(), shapes("bfloat16"))
-    small = 8 * 256  # whose moments are float32
+    small = 8 * 256  # elements with float32 moments
     moment = SIZE - small + 4 * small
     rows = 1024 + 8 * 256
     assert usage.state == {
         "remainder": SIZE,
         "mu": moment,
         "nu": moment,
-        "scales": 2 * 4 * (rows + 1),  # of what is float32, a scalar that stands for them
+        "scales": 2 * 4 * (rows + 1),  # a float32 leaf has one scalar in their place
         "other": 8,  # two counts
     }
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), adam_jax.adam(1e-3))
@@ -69,11 +69,11 @@ def test_each_kind_of_state_has_its_name():
 
 
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_a_device_has_its_part(axes):
+def test_a_device_counts_its_own_part(axes):
     mesh = jax.make_mesh((4, 2), ("data", "model"), (axes, axes))
     optimizer = seven_bytes()
     whole = adam_jax.memory_usage(optimizer, shapes("bfloat16"))
-    # Divided as the parameters are, the scales of rows too.
+    # State is divided like the parameters, and so are the scales of rows.
     divided = adam_jax.memory_usage(optimizer, shapes("bfloat16", ("data",), mesh))
     assert divided.size == SIZE
     assert divided.weights == divided.gradients == whole.weights // 4
@@ -93,7 +93,7 @@ def test_a_device_has_its_part(axes):
     assert sum(zero.state.values()) == allocated(on_first)
 
 
-def test_state_in_host_memory_is_counted_by_itself():
+def test_state_in_host_memory_is_counted_separately():
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     params, optimizer = shapes(mesh=mesh), adam_jax.adam(1e-3)
     shardings = adam_jax.state_shardings(optimizer, params)
@@ -108,7 +108,7 @@ def test_state_in_host_memory_is_counted_by_itself():
     assert re.search("\nnu, in host memory +5.25 MB +4.00\n", str(usage))
 
 
-def test_gradient_release_has_one_layer_s_gradients():
+def test_gradient_release_counts_one_layer_s_gradients():
     usage = adam_jax.memory_usage(
         seven_bytes(), shapes("bfloat16"), layers={"embed": False, "blocks": True, "bias": True}
     )
@@ -116,7 +116,7 @@ def test_gradient_release_has_one_layer_s_gradients():
     assert usage.gradients == 2 * (embed + (SIZE - embed) // 8)
 
 
-def test_prints_a_table():
+def test_memory_usage_prints_a_table():
     lines = str(adam_jax.memory_usage(seven_bytes(), shapes("bfloat16"))).splitlines()
     assert re.fullmatch(r"1,312,768 parameters +bytes +per parameter", lines[0])
     assert re.fullmatch(r"weights +2.63 MB +2.00", lines[1])
@@ -127,7 +127,7 @@ def test_prints_a_table():
     assert "17.6 TB" in str(adam_jax.memory_usage(adam_jax.adam(1e-3), huge))
 
 
-def test_trees_with_little_in_them():
+def test_nearly_empty_trees_are_accepted():
     nothing = adam_jax.memory_usage(adam_jax.adam(1e-3), {})
     assert (nothing.size, nothing.total, nothing.parameters) == (0, 4, [])
     assert "0 parameters" in str(nothing)
@@ -138,7 +138,7 @@ def test_trees_with_little_in_them():
     assert [x.path for x in alone.parameters] == ["(the only leaf)"]
 
 
-def test_tables_of_row_sparse_steps():
+def test_row_sparse_tables_are_counted():
     rows = adam_jax.row_sparse(adam_jax.adam(1e-3), exact=True)
     table = jax.ShapeDtypeStruct((10**9, 128), jnp.float32)
     usage = adam_jax.memory_usage(rows, table)
@@ -148,7 +148,7 @@ def test_tables_of_row_sparse_steps():
     }  # fmt: skip
 
 
-def test_parameters_in_boxes():
+def test_boxed_parameters_are_counted():
     model = nnx.eval_shape(lambda: nnx.Linear(512, 256, rngs=nnx.Rngs(0), param_dtype="bfloat16"))
     boxed = nnx.state(model, nnx.Param)
     usages = [

@@ -1,4 +1,4 @@
-"""State in host memory: bit-identical to the same state on the device, whatever is done with it."""
+"""State in host memory is bit-identical to the same state on the device, in every use."""
 
 import functools
 
@@ -28,12 +28,12 @@ def params_of(dtype="float32", seed=0, shapes=SHAPES):
 
 
 def gradients_of(dtype="float32", seed=1, shapes=SHAPES):
-    """Multiples of 1/4, whose sums of squares are exact in any order."""
+    """Returns multiples of 1/4, whose sums of squares are exact in any order."""
     return jax.tree.map(lambda g: jnp.round(4 * g) / 4, params_of(dtype, seed, shapes))
 
 
 def in_host(state):
-    """Which arrays of a state are in host memory, scalars apart."""
+    """Returns which arrays of a state, except scalars, are in host memory."""
     return [x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(state) if x.ndim]
 
 
@@ -61,7 +61,7 @@ def eager_step(optimizer):
 
 
 def check(optimizer, dtype="float32", shapes=SHAPES):
-    """Jitted and in place, with state in host memory, it makes the same steps."""
+    """Asserts that jitted steps in place, with state in host memory, are the same."""
     offloaded = adam_jax.offload(optimizer)
     desired = three_steps(optimizer, step_of(optimizer), dtype, shapes)
     step = step_of(offloaded, donate_argnums=(0, 1))
@@ -72,12 +72,12 @@ def check(optimizer, dtype="float32", shapes=SHAPES):
 
 
 @each_layout
-def test_every_row(row):
+def test_every_optimizer_makes_the_same_steps(row):
     check(row.make(**EXACT), row.param_dtype)
 
 
 @pytest.mark.parametrize("optimizer", [adam_jax.adamw(**EXACT), seven_bytes(**EXACT)])
-def test_eager(optimizer):
+def test_eager_steps_agree(optimizer):
     offloaded = adam_jax.offload(optimizer)
     desired = three_steps(optimizer, eager_step(optimizer), "bfloat16")
     found = three_steps(offloaded, eager_step(offloaded), "bfloat16")
@@ -86,7 +86,7 @@ def test_eager(optimizer):
 
 
 def normalized(updates, params):
-    """Gradients over their norm, rounded to a power of two."""
+    """Divides gradients by their norm, rounded to a power of two."""
     scale = jnp.exp2(-jnp.round(jnp.log2(optax.tree.norm(updates))))
     return jax.tree.map(lambda g: g * scale, updates)
 
@@ -111,15 +111,15 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_chains(name):
-    """With two leaves whose moments are float32, and one whose moments are int8."""
+def test_chains_make_the_same_steps(name):
+    """Two leaves have float32 moments, and one has int8 moments."""
     formats = {"a": "int8", "scalar": None, "row": None, "none": None}
     adam = adam_jax.adamw(**EXACT, mu_dtype=formats, nu_dtype=formats)
     check(CHAINS[name](adam), shapes={name: SHAPES[name] for name in ("a", "row", "scalar")})
 
 
-def test_extra_arguments():
-    """Functions among them too; arrays may be traced."""
+def test_extra_arguments_reach_the_optimizer():
+    """Arguments may be functions or traced arrays."""
 
     def scaled(updates, state, params=None, *, by, function):
         return jax.tree.map(lambda u: function(u) * by, updates), state
@@ -136,8 +136,8 @@ def test_extra_arguments():
     assert same_bits(*results)
 
 
-def test_wrappers_outside():
-    """What is outside has its own state on the device."""
+def test_wrappers_outside_keep_their_state_on_the_device():
+    """A wrapper outside has its own state on the device."""
     adam = seven_bytes(**EXACT)
     for outside in (
         adam_jax.check_landing,
@@ -153,8 +153,8 @@ def test_wrappers_outside():
         assert any(in_host(state))
 
 
-def test_moments_alone():
-    """Inside of `master_weights`, whose remainders stay on the device."""
+def test_moments_can_be_offloaded_alone():
+    """Inside `master_weights`, whose remainders stay on the device."""
     moments = adam_jax.adamw(**EXACT, **INT8)
     optimizer = adam_jax.master_weights(adam_jax.offload(moments), "int8")
     desired = three_steps(seven_bytes(**EXACT), step_of(seven_bytes(**EXACT)), "bfloat16")
@@ -164,8 +164,8 @@ def test_moments_alone():
     assert all(in_host(state.inner_state))
 
 
-def test_in_a_scan():
-    """Many steps in one program, with the state carried in host memory."""
+def test_a_scan_carries_the_state_in_host_memory():
+    """One program makes many steps and carries the state in host memory."""
     adam = seven_bytes(**EXACT)
     params, gradients = params_of("bfloat16"), gradients_of("bfloat16")
 
@@ -182,7 +182,7 @@ def test_in_a_scan():
     assert all(in_host(found[1]))
 
 
-def test_init_in_jit():
+def test_init_in_jit_gives_the_same_state():
     optimizer = adam_jax.offload(seven_bytes())
     state = jax.jit(optimizer.init)(params_of("bfloat16"))
     assert all(in_host(state))
@@ -190,7 +190,7 @@ def test_init_in_jit():
 
 
 def test_state_on_the_device_stays_there():
-    """A run can go on without, and with it again."""
+    """A run can continue without offloading, and with it again."""
     adam = adam_jax.adamw(**EXACT)
     offloaded = adam_jax.offload(adam)
     _, state = three_steps(offloaded, step_of(offloaded))
@@ -201,8 +201,8 @@ def test_state_on_the_device_stays_there():
     assert same_bits((updates, new), desired)
 
 
-def test_released():
-    """`value_and_update` fetches layers, and the other leaves one by one."""
+def test_gradient_release_fetches_layers_one_by_one():
+    """`value_and_update` fetches layers one by one, and so the other leaves."""
     shapes = {"stack": (4, 16, 16), "head": (16, 8), "tail": (8,)}
     layers = {"stack": True, "head": False, "tail": False, "none": None}
 
@@ -233,8 +233,8 @@ def converted(state):
     return adam_jax.convert_state(state, mu_dtype="int8", nu_dtype="bfloat16")
 
 
-def test_readers():
-    """What reads and rewrites a state finds it in host memory, and leaves it there."""
+def test_readers_find_a_state_in_host_memory():
+    """Functions that read and rewrite a state find it in host memory and leave it there."""
     shapes = {name: SHAPES[name] for name in ("a", "scalar")}
     inner = adam_jax.average_params(seven_bytes(**EXACT), 0.75)
     offloaded = adam_jax.offload(inner)
@@ -265,8 +265,8 @@ def test_readers():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_sharded(kind):
-    """On a mesh the state is divided in host memory as it is on the devices."""
+def test_a_mesh_divides_the_state_in_host_memory(kind):
+    """On a mesh, host memory holds the state divided as the devices would."""
     shapes = {"w": (64, 128), "b": (128,)}
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -295,11 +295,11 @@ def test_sharded(kind):
         adam, params, shardings=adam_jax.state_shardings(adam, params, axis="data")
     )
     assert sum(memory.host_state.values()) + sum(memory.state.values()) == sum(whole.state.values())
-    assert memory.state == {"scales": 8, "other": 8}  # those of the smallest leaf are scalars
+    assert memory.state == {"scales": 8, "other": 8}  # the smallest leaf has scalars as scales
 
 
-def test_checkpoints(tmp_path):
-    """Orbax restores a state to host memory, or from there to the devices."""
+def test_orbax_restores_to_host_memory_and_from_it(tmp_path):
+    """Orbax restores a state to host memory, and one from host memory to the devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     shapes = {name: SHAPES[name] for name in ("a", "row", "scalar")}
     params = params_of("bfloat16", shapes=shapes)
@@ -322,14 +322,14 @@ def test_checkpoints(tmp_path):
         assert set(in_host(restored)) == {optimizer is offloaded}
 
 
-def test_memory_usage_of_a_state_in_host_memory():
+def test_memory_usage_counts_state_in_host_memory():
     params = {"w": jax.ShapeDtypeStruct((256, 128), jnp.float32)}
     memory = adam_jax.memory_usage(adam_jax.offload(adam_jax.adam(1e-3)), params)
     assert memory.host_state == {"mu": 4 * 256 * 128, "nu": 4 * 256 * 128}
     assert memory.state == {"other": 4}
 
 
-def test_a_platform_without_host_memory(monkeypatch):
+def test_a_platform_without_host_memory_is_refused(monkeypatch):
     class Device:
         platform = "METAL"
 
@@ -356,8 +356,8 @@ def test_row_sparse_is_refused():
         rows.init(jnp.ones((10, 4)))
 
 
-def test_transformations():
-    """Steps in `vmap`, steps that several devices make in `shard_map`, and their derivative."""
+def test_vmap_shard_map_and_grad_give_the_same_results():
+    """Steps run in `vmap`, in `shard_map` over several devices, and under `grad`."""
     params = params_of(shapes={"w": (3, 40, 128), "b": (3, 128)})
     gradients = jax.tree.map(jnp.sign, params)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

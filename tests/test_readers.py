@@ -1,4 +1,4 @@
-"""What reads and converts a state, wherever that state is: in groups, in Flax, on meshes."""
+"""Functions that read and convert a state find it in groups, in Flax and on meshes."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def deleted(tree):
 
 @pytest.mark.parametrize("started", [False, True], ids=["at first", "after a step"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_donating_what_is_returned_deletes_nothing_that_was_given(name, started):
+def test_donating_results_deletes_no_argument(name, started):
     params = {"low": jnp.ones((8, 8), jnp.bfloat16), "wide": jnp.ones(4)}
     weights = jax.tree.map(lambda p: p.astype(jnp.float32) * 1.001, params)
     optimizer = make()
@@ -70,7 +70,7 @@ def test_donating_what_is_returned_deletes_nothing_that_was_given(name, started)
 
 
 def groups(remainder):
-    """The label of a subtree is one for all of it, and optax leaves it out as a whole."""
+    """Labels a whole subtree, which optax then leaves out as a whole."""
     return optax.multi_transform(
         {"low": make(remainder), "plain": adam_jax.adam(1e-3)},
         {"a": "low", "b": {"c": "plain", "d": "low"}},
@@ -78,11 +78,11 @@ def groups(remainder):
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # of the other group
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # the other group's
 @pytest.mark.parametrize("new", REMAINDERS)
 @pytest.mark.parametrize("old", REMAINDERS)
-def test_a_group_of_parameters(old, new, dtype):
-    """Those of another group are left alone, and `optax.MaskedNode` stays where it is."""
+def test_parameters_of_other_groups_stay_untouched(old, new, dtype):
+    """Parameters of another group stay untouched, and `optax.MaskedNode` stays in its place."""
 
     def tree(low, other) -> Any:
         c = {"kernel": jnp.full((2, 3), *other), "bias": [jnp.full(4, *other)]}
@@ -116,8 +116,8 @@ def test_a_group_of_parameters(old, new, dtype):
     )
 
 
-def test_a_format_for_each_group():
-    """A tree of formats says which group is stored in which, and what no group has goes along."""
+def test_each_group_may_have_its_own_format():
+    """A tree of formats gives each group its format, and may name leaves that a group lacks."""
     params = {"m": jnp.ones((64, 64)), "v": jnp.ones((128, 64))}
 
     def make(formats):
@@ -156,8 +156,8 @@ def nnx_optimizer(model, remainder="int8", formats: Any = None):
 @pytest.mark.covering
 @pytest.mark.parametrize("formats", [None, INT8], ids=["float32", "int8"])
 @each_remainder
-def test_what_nnx_keeps_goes_in_and_comes_out(remainder, formats):
-    """`nnx.state(model, nnx.Param)` and `nnx.Optimizer.opt_state`, with an array in each box."""
+def test_nnx_states_are_accepted_and_returned(remainder, formats):
+    """Accepts `nnx.state(model, nnx.Param)` and `nnx.Optimizer.opt_state`, which box each array."""
     model = Model(nnx.Rngs(0))
     optimizer = nnx_optimizer(model, remainder, formats)
     gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
@@ -185,7 +185,7 @@ def test_what_nnx_keeps_goes_in_and_comes_out(remainder, formats):
     chex.assert_trees_all_equal(statistics, same)
 
 
-def test_a_run_of_nnx_goes_on_with_what_was_converted():
+def test_an_nnx_run_continues_after_conversion():
     model = Model(nnx.Rngs(0))
     old = nnx_optimizer(model, "int16")
     gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
@@ -209,8 +209,8 @@ def test_a_run_of_nnx_goes_on_with_what_was_converted():
 @pytest.mark.parametrize("old", REMAINDERS)
 @pytest.mark.parametrize("weights_at", ["NumPy", "one device", "replicated", "divided"])
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_zero_1_goes_on_after_loading_and_converting(axes, weights_at, old):
-    """Parameters lie where they lay, remainders where the old ones did or else the moments."""
+def test_zero_1_continues_after_loading_and_converting(axes, weights_at, old):
+    """Parameters stay in place; remainders go where the old ones were, or where moments are."""
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(axes,))
     replicated, divided = (NamedSharding(mesh, PartitionSpec(*x)) for x in ((), ("data",)))
     weights = 1 + normal(64, 8)

@@ -1,4 +1,4 @@
-"""Gradient release: the plain step's numbers, and everything that is refused."""
+"""Gradient release gives the plain step's numbers and refuses everything else."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ SHAPES = {"w": (LAYERS, 48, 96), "b": (LAYERS, 96)}
 
 
 def steps_of(loss, optimizer, layers=LAYERED, **options):
-    """The plain step and the released one: (params, state, *args) to (value, params, state)."""
+    """Returns plain and released steps: (params, state, *args) to (value, params, state)."""
 
     def plain(params, state, *args):
         value, gradients = jax.value_and_grad(loss, **options)(params, *args)
@@ -32,7 +32,7 @@ def steps_of(loss, optimizer, layers=LAYERED, **options):
 
 
 def run(step, optimizer, params, batches):
-    """Losses, parameters and state after one jitted step for each batch."""
+    """Returns losses, parameters and state after one jitted step for each batch."""
 
     @jax.jit
     def scanned(params, batches):
@@ -51,7 +51,7 @@ def product(x, y):
 
 
 def linear_loss(params, batch, scan=jax.lax.scan):
-    """A loss whose gradient is the batch, with no rounding."""
+    """Returns a loss whose gradient is exactly the batch."""
 
     def block(total, xs):
         return total + optax.tree.sum(jax.tree.map(product, *xs)), None
@@ -82,12 +82,12 @@ def assert_released_is_plain(optimizer, params, batches, loss=linear_loss, layer
 
 @pytest.mark.covering
 @each_layout
-def test_bit_identical_to_the_plain_step(row, standard_promotion):
+def test_steps_are_bit_identical_to_plain_steps(row, standard_promotion):
     optimizer = row.make(**{k: v for k, v in EXACT.items() if row.takes(k)})
     assert_released_is_plain(optimizer, *linear_problem(row.param_dtype))
 
 
-def test_masks_rates_and_schedules_of_subtrees(x64):
+def test_subtrees_may_have_masks_rates_and_schedules(x64):
     rate = {"blocks": {"w": optax.linear_schedule(2**-8, 0, 8), "b": 2**-9}, "rest": 2**-7}
     optimizer = adam_jax.adamw(
         untyped(rate),
@@ -136,14 +136,14 @@ CHAINS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
-def test_other_optimizers_and_chains(name, standard_promotion):
-    """Equal up to the order in which squares are added up, and to products fused with sums."""
+def test_other_optimizers_and_chains_agree_with_plain_steps(name, standard_promotion):
+    """Steps agree up to the order of sums of squares, and to products fused with sums."""
     optimizer = untyped(CHAINS[name]())
     params, batches = linear_problem("bfloat16" if "master" in name else "float32")
     plain, released = steps_of(linear_loss, optimizer)
     expected = run(plain, optimizer, params, batches)
     result = run(released, optimizer, params, batches)
-    if "master" in name:  # of two numbers next to each other, remainders may be far apart
+    if "master" in name:  # neighbouring numbers may have very different remainders
         weights = [adam_jax.master_params(x[1], x[2]) for x in (result, expected)]
         assert_close(weights[0], weights[1], 1e-6)
         assert_close(result[2].inner_state, expected[2].inner_state, 1e-5)
@@ -154,7 +154,7 @@ def test_other_optimizers_and_chains(name, standard_promotion):
     assert all(jax.tree.leaves(moved))
 
 
-def test_a_frozen_part_stays():
+def test_a_frozen_part_does_not_move():
     labels = {"blocks": {"w": "frozen", "b": "trained"}, "rest": "frozen"}
     optimizer = optax.multi_transform(
         {"trained": adam_jax.adam(2**-7), "frozen": optax.set_to_zero()}, labels
@@ -203,7 +203,7 @@ def model_params(dtype="float32"):
 
 
 def model_loss(params, batch, key, scan=jax.lax.scan, unroll=1, remat=False):
-    """Encoder and decoder, dropout, a counter in the carry, outputs of layers, shared weights."""
+    """Has encoder and decoder, dropout, a carried counter, outputs of layers, shared weights."""
     embedded = params["embed"][batch]
     scale = params["scale"]
 
@@ -243,7 +243,7 @@ MODEL_LAYERS = {"embed": False, "encoder": True, "decoder": True, "scale": False
         [("bfloat16", True, 1), ("float16", False, 2), ("float32", False, 1), ("float32", True, 2)],
     ),
 )
-def test_a_model_trains_alike(dtype, remat, unroll, standard_promotion):
+def test_a_model_trains_as_with_plain_steps(dtype, remat, unroll, standard_promotion):
     loss = functools.partial(model_loss, unroll=unroll, remat=remat)
     optimizer = adam_jax.adamw(1e-2, eps=1e-3)
     if dtype != "float32":
@@ -268,7 +268,7 @@ def test_a_model_trains_alike(dtype, remat, unroll, standard_promotion):
     assert plain[0][-1] < plain[0][0]
 
 
-def test_eager():
+def test_eager_steps_agree():
     optimizer = adam_jax.adam(2**-7)
     params, batches = linear_problem("float32", steps=1)
     batch = jax.tree.map(lambda x: x[0], batches)
@@ -278,7 +278,7 @@ def test_eager():
     assert_close(released, plain, 1e-6)
 
 
-def test_vmap_and_derivatives():
+def test_vmap_and_derivatives_agree_with_plain_steps():
     optimizer = adam_jax.adam(2**-7, eps=1e-3)
     params, batches = linear_problem("float32", steps=1)
     batch = jax.tree.map(lambda x: x[0], batches)
@@ -302,7 +302,7 @@ def test_vmap_and_derivatives():
 @pytest.mark.covering
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("placement", ["data parallel", "ZeRO-1", "FSDP"])
-def test_meshes_have_the_bits_of_one_device(placement, kind, standard_promotion):
+def test_meshes_give_the_same_bits_as_one_device(placement, kind, standard_promotion):
     """The state is divided over all chips, except in data-parallel training."""
     mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
     optimizer = seven_bytes(2**-8)
@@ -329,8 +329,8 @@ def test_meshes_have_the_bits_of_one_device(placement, kind, standard_promotion)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_within_a_mesh(kind):
-    """JAX says where the scales of a stack of one layer lie, and not where those of several do."""
+def test_steps_work_within_a_mesh(kind):
+    """JAX determines the sharding of scales for a stack of one layer, but not of several."""
     mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
     optimizer = adam_jax.adam(2**-8, mu_dtype="int8", nu_dtype="int8")
     loss = lambda params, scan: scan(lambda x, w: (x + jnp.sum(w), None), 0.0, params["w"])[0]  # noqa: E731
@@ -355,8 +355,8 @@ def test_state_divided_along_its_layers_is_refused():
         jax.jit(step)(params, state)
 
 
-def test_inside_shard_map():
-    """Gradients are of the mean over devices; the last layers have a cotangent of zero."""
+def test_steps_work_inside_shard_map():
+    """Gradients are of the mean over devices, and the last layers' cotangents are zero."""
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
 
     def loss(params, inputs, scan=jax.lax.scan):
@@ -383,8 +383,8 @@ def test_inside_shard_map():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_one_layer_prints_weak_types_and_parameters_that_are_none(dtype, capfd):
-    """What a scan's body may do, in a stack of one layer too; the loss gives a gradient to each."""
+def test_a_single_layer_may_print_and_have_weak_types_and_none(dtype, capfd):
+    """A scan's body may do all this, even with one layer; the loss gives each a gradient."""
     params = {"w": short_tree({"": (1, 4, 5)}, dtype)[""], "none": None, "empty": jnp.ones((1, 0))}
 
     def loss(params, x, scan=jax.lax.scan):
@@ -410,7 +410,7 @@ def test_one_layer_prints_weak_types_and_parameters_that_are_none(dtype, capfd):
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stacks_are_updated_in_place(dtype, remat, standard_promotion):
-    """Donated buffers are reused, and XLA for CPU copies no stack, not even once."""
+    """Donated buffers are reused, and XLA for CPU never copies a stack."""
 
     def block(x, p):
         return x + jax.nn.gelu(x @ p["w"] + p["b"][None]) @ p["w"].T, None
@@ -613,12 +613,12 @@ def test_reads_that_need_no_gradient_are_allowed():
         (True, ValueError, r"\['rest'\] is marked in layers, but .* outside of the scan"),
     ],
 )
-def test_layers_that_are_wrong(layers, error, message):
+def test_wrong_layers_are_refused(layers, error, message):
     with pytest.raises(error, match=message):
         refused(optax.sgd(0.1), layers=layers)
 
 
-def test_a_scalar_is_no_stack():
+def test_a_scalar_is_refused_as_a_stack():
     params = {"w": jnp.ones(()), "v": jnp.ones((3, 2))}
     optimizer = optax.sgd(0.1)
     step = adam_jax.value_and_update(lambda params, scan: 0.0, optimizer, layers=True)

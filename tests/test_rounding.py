@@ -26,7 +26,7 @@ def phases(leaf=0, shape=SHAPE):
 
 @functools.partial(jax.jit, static_argnums=2, static_argnames="way")
 def words_of(leaf, step, shape=SHAPE, *, way="independent"):
-    """The words that a leaf draws at a step."""
+    """Returns the words that a leaf draws at a step."""
     return getattr(draw(key_of_leaf(jnp.uint32(leaf)), step), way)(jnp.zeros(shape))
 
 
@@ -36,7 +36,7 @@ def chi_square(counts):
 
 
 def assert_uniform(values, categories):
-    """Chi-square, whose mean is k - 1 and variance 2 (k - 1): within 5 standard deviations."""
+    """Asserts that chi-square, of mean k - 1 and variance 2 (k - 1), is within 5 deviations."""
     counts = np.bincount(np.ravel(values), minlength=categories)
     degrees = categories - 1
     assert abs(chi_square(counts) - degrees) < 5 * np.sqrt(2 * degrees)
@@ -63,7 +63,7 @@ def test_leaves_are_independent(one, other):
     a, b = np.asarray(phases(np.uint32(one))), np.asarray(phases(np.uint32(other)))
     for shift in (0, 14, 28):
         assert_uniform(16 * ((a >> shift) & 15) + ((b >> shift) & 15), 256)
-    # Nor is one the other, moved along: that would make neighbouring leaves round alike.
+    # Nor is one a shifted copy of the other: neighbouring leaves would round alike.
     assert np.intersect1d(a[:4].ravel(), b[:4].ravel()).size <= 5
 
 
@@ -81,7 +81,7 @@ each_half = pytest.mark.parametrize("half", HALVES)
 
 
 def fractions(words, half):
-    """What a half of each word is of its range, in [0, 1)."""
+    """Returns half of each word as a fraction of its range, in [0, 1)."""
     shift, size = HALVES[half]
     return (np.asarray(words) >> shift) % size / size
 
@@ -94,11 +94,11 @@ def redrawn_over_steps(draws, elements):
 
 @each_half
 def test_draws_are_uncorrelated_over_elements(half):
-    """Draws are odd multiples of the phases: few of their pairs are rational ones of each other."""
+    """Draws are odd multiples of the phases, so the ratios of few pairs are simple fractions."""
     x = fractions(redrawn_over_steps(50, 4096), half)
     off = np.asarray(np.corrcoef(x))[np.triu_indices(50, 1)]
-    # Of independent draws, 1 / sqrt(4096) = 1 / 64. The largest of 1225 is below 5 of these, with
-    # a multiple of 3 or 5 among them up to 1/3.
+    # Independent draws would have 1 / sqrt(4096) = 1 / 64, and the largest of 1225 would be below
+    # 5 of these. A pair with a ratio of 3 or 5 comes up to 1/3.
     assert np.sqrt(np.mean(off**2)) < 1.15 / 64
     assert np.max(np.abs(off)) < 0.34
     assert abs(np.mean(off)) < 1e-3
@@ -106,26 +106,26 @@ def test_draws_are_uncorrelated_over_elements(half):
 
 @each_half
 def test_draws_of_an_element_are_independent_over_steps(half):
-    """Uniform, each and in pairs, for all elements together and, by its correlations, for each."""
+    """Pairs are uniform over all elements together, and uncorrelated for each element."""
     x = fractions(redrawn_over_steps(2000, 256), half)
     for lag in (1, 2, 3, 10):
-        # Of two draws each, and no draw is in two pairs.
+        # Pairs of draws; no draw is in two pairs.
         pairs = x[: len(x) // (2 * lag) * 2 * lag].reshape(-1, 2, lag, 256)
         one, other = np.floor(16 * pairs[:, 0]), np.floor(16 * pairs[:, 1])
         assert_uniform((16 * one + other).astype(int), 256)
-        # In standard deviations of that of 2000 independent draws.
+        # In units of the standard deviation for 2000 independent draws.
         correlation = 12 * np.mean((x[lag:] - 0.5) * (x[:-lag] - 0.5), axis=0) * np.sqrt(2000)
         assert abs(np.sqrt(np.mean(correlation**2)) - 1) < 5 / np.sqrt(2 * 256)
         assert abs(np.mean(correlation)) < 5 / np.sqrt(256)
 
 
 def test_no_element_repeats_another():
-    """One word for each of 2^32 elements, so that those of one leaf are all different."""
+    """Each of 2^32 elements has its own word, so the words of one leaf all differ."""
     for way in ("independent", "in_turn"):
         assert np.unique(words_of(1, np.int32(2), way=way)).size == ELEMENTS
 
 
-BLOCK = 32  # steps that a phase turns before it starts anew
+BLOCK = 32  # steps for which a phase turns before it starts anew
 
 
 @functools.cache
@@ -139,18 +139,18 @@ def turned_over_blocks(blocks, elements):
 def test_a_turned_phase_fills_the_circle_evenly(half):
     """After n turns no gap is wider than 1.9 / n: the golden ratio spreads points best.
 
-    n times the largest gap comes up to 1 + 2 / sqrt(5) = 1.894 and no further.
+    n times the largest gap is at most 1 + 2 / sqrt(5) = 1.894.
     """
     words = turned_over_blocks(50, 16)
     for n in (2, 3, 5, 8, 13, 21, 32):
         points = np.sort(fractions(words[:, :n], half), axis=1)
         gaps = np.diff(points, axis=1, append=points[:, :1] + 1)
-        # 2^-13: two ulps of the shorter half, by which the turn is not quite the golden ratio.
+        # 2^-13: two ulps of the shorter half. The turn differs from the golden ratio by that much.
         assert np.max(gaps) < 1.9 / n + n * 2.0**-13
 
 
 def test_every_block_of_turns_starts_anew():
-    """In a uniform place, independent of the one before, and half of them backwards."""
+    """Blocks start in uniform, independent places, and half of them turn backwards."""
     words = turned_over_blocks(4096, 1)[..., 0]
     starts = words[:, 0]
     for shift in (8, 16, 24):
@@ -167,7 +167,7 @@ def test_every_block_of_turns_starts_anew():
     assert abs(np.sum(forwards[1:] == forwards[:-1]) - 2048) < 5 * 32
 
 
-def test_the_same_bits_in_jit_and_eager_and_in_a_part_of_a_leaf():
+def test_jit_eager_and_slices_give_bit_identical_results():
     whole = phases(3, (6, 10))
     np.testing.assert_array_equal(whole, random_bits((6, 10), key_of_leaf(jnp.uint32(3))))
     leaves = jax.vmap(lambda leaf: phases(leaf, (6, 10)))(jnp.array([3, 5], jnp.uint32))
@@ -175,7 +175,7 @@ def test_the_same_bits_in_jit_and_eager_and_in_a_part_of_a_leaf():
     np.testing.assert_array_equal(phases(3, (6, 2, 5)).reshape(6, 10), whole)
 
 
-def test_draws_of_all_leaves_are_those_of_each():
+def test_draws_of_all_leaves_equal_separate_draws():
     for step in (np.int32(7), np.uint32(2**32 - 1)):
         found = draws(5, jnp.asarray(step))
         for leaf, one in enumerate(found):
@@ -217,8 +217,8 @@ print("same bits")
 
 
 @pytest.mark.slow
-def test_the_same_bits_under_every_sharding():
-    """In a process of its own, because it needs eight devices."""
+def test_every_sharding_gives_the_same_bits():
+    """Runs in a separate process, because it needs eight devices."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
@@ -230,8 +230,8 @@ def test_the_same_bits_under_every_sharding():
     assert done.stdout == "same bits\n", done.stderr
 
 
-def test_known_words():
-    """The bits are part of what a run is: they must not change between versions or backends."""
+def test_words_stay_the_same_in_every_version():
+    """A run depends on these bits: they must not change between versions or backends."""
     words = phases(1, (4,))
     np.testing.assert_array_equal(words, [1473980502, 632994795, 3564934342, 807958247])
     words = words_of(1, jnp.int32(2), (4,), way="independent")
@@ -245,7 +245,7 @@ def to_bfloat16(x, bits):
 
 
 def neighbours(x):
-    """The bfloat16 numbers around a float32, as float32."""
+    """Returns the bfloat16 numbers around a float32, as float32."""
     word = np.float32(x).view(np.uint32)
     low, high = word & 0xFFFF0000, (word & 0xFFFF0000) + (0x10000 if word & 0xFFFF else 0)
     return np.uint32(low).view(np.float32), np.uint32(high).view(np.float32)
@@ -253,8 +253,8 @@ def neighbours(x):
 
 @settings(deadline=None, max_examples=200)
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_stochastic_rounding_is_exact_in_mean(x):
-    """With every one of the 65,536 values that the used half of the bits can have."""
+def test_stochastic_rounding_is_unbiased(x):
+    """Tries each of the 65,536 values that the used half of the bits can have."""
     bits = jnp.arange(2**16, dtype=jnp.uint32) << 16
     rounded = np.asarray(to_bfloat16(jnp.full(2**16, x, jnp.float32), bits))
     low, high = neighbours(x)

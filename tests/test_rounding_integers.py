@@ -1,7 +1,7 @@
 """Random words, 16-bit numbers and remainders: the same integers on every backend.
 
-Each is worked out again from its definition, in NumPy's 64-bit integers and floats, with nothing
-taken from the package.
+Each is computed again from its definition, in NumPy's 64-bit integers and floats, without the
+package's code.
 """
 
 import jax
@@ -26,7 +26,7 @@ each_width = pytest.mark.parametrize("width", [0, 8, 16])
 
 @pytest.mark.parametrize("shape", [(), (5,), (7, 9), (2, 3, 4), (256, 256)], ids=str)
 @pytest.mark.parametrize("leaf", [0, 1, 147, 2**32 - 1])
-def test_random_bits(shape, leaf):
+def test_random_bits_agree_with_numpy(shape, leaf):
     found = jax.jit(random_bits, static_argnums=0)(shape, key_of_leaf(jnp.uint32(leaf)))
     np.testing.assert_array_equal(np.ravel(found), random_words(leaf, found.size))
 
@@ -34,8 +34,8 @@ def test_random_bits(shape, leaf):
 @pytest.mark.parametrize(
     ("way", "reference"), [("in_turn", turned_words), ("independent", redrawn_words)]
 )
-def test_words_of_a_draw(way, reference):
-    """At every step of two blocks, at others up to the last, and counted in int32 or uint32."""
+def test_words_of_a_draw_agree_with_numpy(way, reference):
+    """Checks each step of two blocks and others up to the last, counted in int32 or uint32."""
     words = random_words(0, 2**10)
     steps = [*range(65), 1000, 123456, 2**31 - 1]
     leaf = jnp.zeros(2**10)
@@ -49,24 +49,24 @@ def test_words_of_a_draw(way, reference):
 
 
 def words_of(x, dtype, noise):
-    """The words of |x|. Those of small float16 have a last bit that is rounded."""
+    """Returns the words of |x|. Words of a small float16 have a rounded last bit."""
     if dtype == "bfloat16":
         return patterns(np.abs(x))
     fraction, exponent = np.frexp(np.minimum(np.abs(x.astype(np.float64)), 2.0**16))
     normal = (exponent + 13 + 2 * fraction) * 2**26
     whole, part = np.divmod(np.ldexp(fraction, exponent + 40), 1)
-    # Compared with the half of the noise that rounds words no more.
+    # Compared with the half of the noise that does not round words.
     subnormal = whole + (part > (0.5 if noise is None else noise % 2**16 / 2**16))
     return np.where(exponent <= -14, subnormal, normal).astype(np.int64)
 
 
 def split_in_numpy(x, dtype, width, noise):
-    """The pattern of the nearest 16-bit number, and the remainder in parts of its ulp."""
+    """Returns the nearest 16-bit number's bit pattern, and the remainder in parts of its ulp."""
     part = 2 ** (16 - width)
     infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
     added = part // 2 if noise is None else noise // 2 ** (16 + width)
     parts = (words_of(x, dtype, noise) + added) // part
-    # Beyond the largest finite number with the largest remainder: that number, with none.
+    # Numbers beyond the largest finite one with the largest remainder become it, with none.
     largest = (infinity * 2**16 - 0x8001) // part
     beyond = words_of(x, dtype, None) > largest * part
     parts = np.where(beyond, (infinity - 1) * 2**16 // part, parts)
@@ -79,13 +79,13 @@ def split_in_numpy(x, dtype, width, noise):
 
 @each_dtype
 @each_width
-@pytest.mark.parametrize("random", [False, True], ids=["to nearest", "at random"])
-def test_split(dtype, width, random):
+@pytest.mark.parametrize("random", [False, True], ids=["to nearest", "stochastic"])
+def test_split_agrees_with_numpy(dtype, width, random):
     words, noise = random_words(0), random_words(1) if random else None
-    if dtype == "bfloat16":  # every one, and random bits below it
+    if dtype == "bfloat16":  # every number, and random bits below it
         words = np.arange(N) * 2**16 + words % 2**16
         x = numbers(words)[words % 2**31 < 0x7F800000]
-    else:  # 2^-50 to 2^20: on either side of what float16 has
+    else:  # 2^-50 to 2^20: beyond float16's range on both sides
         x = numbers(words // 2**31 * 2**31 + (127 - 50) * 2**23 + words % (70 * 2**23))
     noise = noise if noise is None else noise[: len(x)]
     bits = None if noise is None else as_words(noise)
@@ -97,8 +97,8 @@ def test_split(dtype, width, random):
 
 @each_dtype
 @each_width
-def test_join(dtype, width):
-    """Every finite number, with any remainder."""
+def test_join_agrees_with_numpy(dtype, width):
+    """Joins every finite number with any remainder."""
     infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
     low = np.arange(N)
     low = low[low % 2**15 < infinity]
@@ -121,7 +121,7 @@ def test_join(dtype, width):
     np.testing.assert_array_equal(patterns(found), sign * 2**31 + pattern)
 
 
-def test_nearest():
+def test_nearest_agrees_with_numpy():
     words = random_words(0)
     words = words[words % 2**31 < 0x7F800000]
     found = jax.jit(nearest, static_argnums=1)(jnp.asarray(numbers(words)), jnp.bfloat16)

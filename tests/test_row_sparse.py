@@ -1,4 +1,4 @@
-"""Row-sparse steps: lazy ones by their definition, exact ones against Adam on all rows."""
+"""Row-sparse steps: lazy ones against their definition, exact ones against Adam on all rows."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ NESTEROV = {"nadam", "nadamw"}
 
 
 def takes_rows(row):
-    """Whether `row_sparse` takes an optimizer: one that has a table of averages is refused."""
+    """Returns whether `row_sparse` accepts an optimizer: it refuses one that averages the table."""
     return not row.name.startswith(("average_params", "scale_by"))
 
 
@@ -49,9 +49,9 @@ def table_of(dtype="float32", vocabulary=VOCABULARY, width=WIDTH):
 
 
 def batches(steps, size, vocabulary=VOCABULARY, width=WIDTH, seed=0):
-    """Ids, more often small ones, and gradients, with an axis of time in front.
+    """Returns ids, mostly small, and gradients, both with a leading time axis.
 
-    Gradients are eighths, of which sums and squares are exact.
+    Gradients are multiples of 1/8, so their sums and squares are exact.
     """
     rng = np.random.default_rng(seed)
     ids = (vocabulary * rng.uniform(size=(steps, size)) ** 3).astype(np.int32)
@@ -60,12 +60,12 @@ def batches(steps, size, vocabulary=VOCABULARY, width=WIDTH, seed=0):
 
 
 def dense(ids, gradients, table):
-    """The gradient of a whole table."""
+    """Returns the gradient of a whole table."""
     return jnp.zeros_like(table, jnp.float32).at[ids].add(gradients)
 
 
 def run(rows: Any, table, batches):
-    """Table and state after a step for each batch, in one scan."""
+    """Returns table and state after a step for each batch, in one scan."""
 
     @jax.jit
     def scanned(table, state, batches):
@@ -76,7 +76,7 @@ def run(rows: Any, table, batches):
 
 
 def run_dense(optimizer, table, batches):
-    """The same with the gradient of the whole table."""
+    """Does the same with the gradient of the whole table."""
 
     @jax.jit
     def scanned(table, batches):
@@ -91,7 +91,7 @@ def run_dense(optimizer, table, batches):
 
 
 def rows_of(state, ids, table):
-    """What a state has of some rows."""
+    """Returns some rows of a state."""
     return jax.tree.map(lambda x: x[ids] if x.shape[:1] == table.shape[:1] else x, state)
 
 
@@ -99,7 +99,7 @@ def rows_of(state, ids, table):
 
 
 def lazily(name, ids, gradients, table, learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0):
-    """Each row's steps in float64, from those at which it is named; the count is that of all."""
+    """Returns lazy steps in float64: a row moves when an id names it; all steps are counted."""
     table = np.array(table, np.float64)
     m, v = np.zeros_like(table), np.zeros_like(table)
     v_max = np.zeros_like(table)
@@ -123,7 +123,7 @@ def lazily(name, ids, gradients, table, learning_rate, b1=0.9, b2=0.999, eps=1e-
 
 
 @each_variant
-def test_lazy_steps_are_what_they_are_defined_as(name):
+def test_lazy_steps_agree_with_their_definition(name):
     settings = VARIANTS[name] | {"learning_rate": 0.01}
     table, (ids, gradients) = table_of(vocabulary=40, width=3), batches(60, 5, 40, 3)
     actual, _ = run(row_sparse(getattr(adam_jax, name)(**settings)), table, (ids, gradients))
@@ -135,7 +135,7 @@ def test_lazy_steps_are_what_they_are_defined_as(name):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("setting", ["default", "short memory", "large eps"])
 def test_lazy_steps_equal_torch_s_sparse_adam(setting, dtype):
-    """Its eps is added to the root of v as it is, so that ours has to follow."""
+    """torch adds eps to the root of nu before bias correction, so our eps changes with the step."""
     path = Path(__file__).parent / "golden" / "torch_sparse_adam.json"
     golden = json.loads(path.read_text())
     settings = dict(golden["settings"][setting]["hyperparameters"])
@@ -159,21 +159,21 @@ def test_lazy_steps_equal_torch_s_sparse_adam(setting, dtype):
     largest = np.abs(expected).max(axis=0)
     error = np.abs(actual - expected).max(axis=0) / np.where(largest > 0, largest, 1)
     assert error.max() < {"float64": 1e-13, "float32": 30 * 2.0**-24}[dtype]
-    np.testing.assert_array_equal(actual[:, 11], expected[:, 11])  # which no id names
+    np.testing.assert_array_equal(actual[:, 11], expected[:, 11])  # no id names this row
 
 
-# What is stored: the bits of the step of the whole table.
+# Storage: the same bits as in a step of the whole table.
 
 
 def assert_within_an_ulp(table, expected):
-    """Of the largest weight."""
+    """Asserts equality up to an ulp of the largest weight."""
     assert_close(table, expected, 2.0**-23)
 
 
 @pytest.mark.covering
 @each_layout
-def test_a_step_of_all_rows_has_the_bits_of_the_plain_step(row, standard_promotion):
-    """Also of some rows, the first time; and no bit of other rows changes."""
+def test_a_step_of_all_rows_is_bit_identical_to_the_plain_step(row, standard_promotion):
+    """So does a step of some rows, the first time, and no bit of other rows changes."""
     if not takes_rows(row):
         pytest.skip("refused")
     optimizer = row.make(**EXACT)
@@ -187,7 +187,7 @@ def test_a_step_of_all_rows_has_the_bits_of_the_plain_step(row, standard_promoti
     for g in gradients:
         table, state = update(order, g[order], table, state)
         expected, expected_state = step(expected, expected_state, g)
-    # In Nesterov's direction no product is exact, and one program fuses it with a sum.
+    # Nesterov's direction has no exact product, and one program fuses it with a sum.
     assert_same = assert_within_an_ulp if row.algorithm == "nadam" else assert_same_bits
     assert_same_bits(state, expected_state)
     assert_same(table, expected)
@@ -228,7 +228,7 @@ def test_jit_eager_scan_and_vmap_agree(row):
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("spec", [("data",), (None, "data"), ("data", "model")], ids=str)
 @pytest.mark.parametrize("kind", ["float32", "five bytes", "exact"])
-def test_meshes_have_the_bits_of_one_device(kind, spec, axes):
+def test_meshes_give_the_same_bits_as_one_device(kind, spec, axes):
     optimizer = seven_bytes(**EXACT) if kind == "five bytes" else adam_jax.adamw(**EXACT)
     rows = row_sparse(optimizer, exact=kind == "exact")
     table = table_of("bfloat16" if kind == "five bytes" else "float32")
@@ -275,12 +275,12 @@ def test_gradients_of_an_id_are_summed_in_float32(exact):
     "dtype", first(4, ["int8", "uint8", "int32", "uint32", "int16", "uint16", "int64", "uint64"])
 )
 def test_ids_out_of_range_are_ignored_under_jit(dtype, exact, x64):
-    """Whatever dtype they have; they never mean another row, and cannot crowd out one."""
+    """In no dtype do they name another row or displace a valid id."""
     vocabulary = 20
     rows = row_sparse(adam_jax.adam(0.1), exact)
     table = table_of(vocabulary=vocabulary, width=2)
     state = rows.init(table)
-    dtype = jax.dtypes.canonicalize_dtype(dtype)  # of 64 bits in x64 mode only
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # 64 bits in x64 mode only
     info = jnp.iinfo(dtype)
     valid = [3, 19, 0, 3]
     wrong = [max(info.min, -1), info.min, info.max, vocabulary, vocabulary + 3] * 6
@@ -304,9 +304,9 @@ def test_ids_out_of_range_are_ignored_under_jit(dtype, exact, x64):
 @pytest.mark.parametrize(
     "shape", first(3, [((),), ((2, 3),), ((0,),), ((1,),), ((2, 0),), ((300,),)]), ids=str
 )
-def test_ids_have_any_shape(shape, exact):
+def test_ids_may_have_any_shape(shape, exact):
     rows = row_sparse(adam_jax.adamw(0.1), exact)
-    table = random((VOCABULARY, 3, 2))  # a row may have any shape too
+    table = random((VOCABULARY, 3, 2))  # rows may have any shape too
     ids = np.full(shape, 7)
     state = rows.init(table)
     vectors = rows.lookup(ids, table, state)
@@ -322,8 +322,8 @@ def test_ids_have_any_shape(shape, exact):
         assert_same_bits((new, new_state), one)
 
 
-def test_nothing_as_large_as_the_table_is_made():
-    """With gradients of the vectors, and both donated: a table is neither copied nor filled."""
+def test_a_step_allocates_nothing_as_large_as_the_table():
+    """Lookup, gradients and update with donated arguments neither copy nor fill a table."""
     rows = row_sparse(ADAM, exact=True)
     table = jax.ShapeDtypeStruct((100_000, 64), jnp.float32)
     state = jax.eval_shape(rows.init, table)
@@ -341,8 +341,8 @@ def test_nothing_as_large_as_the_table_is_made():
     assert memory.temp_size_in_bytes < 1e6  # the table has 25.6e6
 
 
-def test_steps_of_rows_and_of_the_table_take_turns():
-    """Lazy steps have the state of the optimizer."""
+def test_steps_of_rows_and_of_the_table_may_alternate():
+    """Lazy steps use the optimizer's own state."""
     optimizer = adam_jax.adamw(0.1)
     rows, step = row_sparse(optimizer), step_of(optimizer)
     table = table_of()
@@ -365,7 +365,7 @@ STEPS = 1000
 
 @functools.cache
 def zipf():
-    """Ids by Zipf's law, and gradients of many sizes; some rows are idle for hundreds of steps."""
+    """Returns ids by Zipf's law, gradients of many sizes; some rows idle for hundreds of steps."""
     rng = np.random.default_rng(0)
     vocabulary, size, width = 300, 16, 8
     chances = 1 / np.arange(1, vocabulary - 19) ** 1.1
@@ -380,7 +380,7 @@ def zipf():
 
 
 def in_float64(name, rate, settings):
-    """Table and nu after a run on gradients of the whole table, in float64."""
+    """Returns table and nu after a run on gradients of the whole table, in float64."""
     table, ids, gradients = zipf()
     whole = np.zeros((STEPS, *table.shape))
     for t in range(STEPS):
@@ -428,13 +428,13 @@ def in_float64(name, rate, settings):
         ],
     ),
 )
-def test_exact_steps_are_those_of_adam_on_the_whole_table(name, rate, betas, standard_promotion):
+def test_exact_steps_agree_with_adam_on_the_whole_table(name, rate, betas, standard_promotion):
     settings = VARIANTS[name] | dict(zip(("b1", "b2"), betas, strict=True))
     optimizer = getattr(adam_jax, name)(RATES[rate], **settings)
     rows = row_sparse(optimizer, exact=True)
     table, *batches = map(jnp.asarray, zipf())
     actual, state = run(rows, table, batches)
-    assert int(jnp.max(1000 - state.last_step)) == 1000  # a row that has never been named
+    assert int(jnp.max(1000 - state.last_step)) == 1000  # no id ever names this row
     found = jax.jit(rows.lookup)(jnp.arange(len(table)), actual, state)
     actual, state = jax.jit(rows.catch_up)(actual, state)
     assert_same_bits(found, actual)
@@ -447,7 +447,7 @@ def test_exact_steps_are_those_of_adam_on_the_whole_table(name, rate, betas, sta
 
     assert error(actual) <= max(1e-6, 1.5 * error(plain))
     nu = np.asarray(state.inner_state[0].nu, np.float64)
-    normal = expected_nu > 1e-37  # below, the CPU flushes to 0
+    normal = expected_nu > 1e-37  # the CPU flushes smaller numbers to 0
     assert np.all(np.abs(nu - expected_nu)[normal] <= 4e-6 * expected_nu[normal])
     assert_close(state.inner_state[0].mu, plain_state[0].mu, 1e-6)
     assert_same_bits(state.inner_state[0].count, plain_state[0].count)
@@ -472,16 +472,16 @@ def test_exact_steps_agree_in_float64_too(standard_promotion):
             return jax.lax.scan(step, (table, optimizer.init(table)), batches)[0]
 
         expected, expected_state = scanned(table, few)
-        assert_close(actual, expected, 1e-9)  # what is left of a step after K others, times rate
+        assert_close(actual, expected, 1e-9)  # the rest of a step after K others, times the rate
         assert_close(state.inner_state[0].nu, expected_state[0].nu, 1e-13)
 
 
 @pytest.mark.parametrize("kind", first(2, ["int8", "master weights", "bfloat16", "int8 for mu"]))
-def test_what_is_rounded_stays_unbiased_over_idle_steps(kind, standard_promotion):
-    """The mean over rows with the same gradients is as close to float32 as that of dense steps.
+def test_rounded_values_stay_unbiased_over_idle_steps(kind, standard_promotion):
+    """The mean over rows with the same gradients is as close to float32 as with dense steps.
 
-    In int8 that has a bias of its own over few steps, because random bits turn from one step to the
-    next, by which errors cancel over more of them.
+    In int8, dense steps have a bias over few steps. Random bits turn from one step to the next,
+    so errors cancel over more steps.
     """
     formats = {"int8": INT8, "int8 for mu": {"mu_dtype": "int8"}, "master weights": {}}
     moments = formats.get(kind, {"mu_dtype": kind, "nu_dtype": kind})
@@ -496,7 +496,7 @@ def test_what_is_rounded_stays_unbiased_over_idle_steps(kind, standard_promotion
     one_row = random((1, width), "bfloat16")
     gradients = jnp.asarray(normal(3, 1, width, seed=1))
     gradients = jnp.stack([gradients, *[jnp.zeros_like(gradients)] * 5], 1).reshape(18, 1, width)
-    # Under jit, ids out of range stand for a step of other rows.
+    # Under jit, ids out of range make a step of other rows.
     ids = jnp.where(jnp.arange(18)[:, None] % 6 == 0, every, -1)
 
     @jax.jit
@@ -522,7 +522,7 @@ def test_what_is_rounded_stays_unbiased_over_idle_steps(kind, standard_promotion
 
     def means(table, state):
         [found] = adam_jax.convert_state(state.inner_state if low else state, None, None)[:1]
-        # Steps are no linear function of moments: of these alone the table would not be unbiased.
+        # Steps are not linear in the moments: unbiased moments do not make the table unbiased.
         numbers = [table] if low else [found.mu, found.nu]
         of_rows = [np.asarray(x, np.float64) for x in numbers]
         return [(x.mean(axis=0), x.std(axis=0) / math.sqrt(len(x))) for x in of_rows]
@@ -539,8 +539,8 @@ def test_what_is_rounded_stays_unbiased_over_idle_steps(kind, standard_promotion
         assert bias <= 1.2 * dense_bias + 2 * rms(spread / exactly) + 4e-6
 
 
-def test_five_bytes_exactly(standard_promotion):
-    """Dense and exact runs in 5 bytes per parameter differ by no more than their rounding."""
+def test_exact_steps_work_in_five_bytes(standard_promotion):
+    """With 5 bytes per parameter, dense and exact runs differ by no more than their rounding."""
     optimizer = seven_bytes(1e-2)
     rows = row_sparse(optimizer, exact=True)
     table, *batches = zipf()
@@ -616,7 +616,7 @@ def test_a_chain_clips_the_gradients_of_the_rows(standard_promotion):
     assert_close(actual, expected, 1e-6)
 
 
-def test_a_gradient_that_is_not_finite_can_be_kept_out(standard_promotion):
+def test_apply_if_finite_rejects_gradients_that_are_not_finite(standard_promotion):
     rows = row_sparse(optax.apply_if_finite(adam_jax.adam(0.1), 5))
     table = table_of()
     state = rows.init(table)
@@ -637,7 +637,7 @@ def test_a_gradient_that_is_not_finite_can_be_kept_out(standard_promotion):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_keeps_more_of_a_row_is_refused(optimizer, name, standard_promotion):
+def test_optimizers_that_store_more_of_a_row_are_refused(optimizer, name, standard_promotion):
     with pytest.raises(ValueError, match=f"no rule for {name}"):
         row_sparse(optimizer).init(table_of("bfloat16"))
 
@@ -656,13 +656,13 @@ def test_what_keeps_more_of_a_row_is_refused(optimizer, name, standard_promotion
         (optax.chain(adam_jax.scale_by_adam(), adam_jax.adam(1e-3)), "adam_jax's own"),
     ],
 )
-def test_what_cannot_be_made_later_is_refused(optimizer, reason, standard_promotion):
+def test_steps_that_cannot_be_replayed_are_refused(optimizer, reason, standard_promotion):
     with pytest.raises(ValueError, match=reason):
         row_sparse(optimizer, exact=True).init(table_of())
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "b1", "b2", "eps"])
-def test_traced_numbers_cannot_be_made_later(name):
+def test_traced_hyperparameters_cannot_be_replayed(name):
     settings: dict[str, Any] = {"learning_rate": 1e-3}
 
     def init(x):
@@ -673,7 +673,7 @@ def test_traced_numbers_cannot_be_made_later(name):
         jax.jit(init)(0.5)
 
 
-def test_a_constant_array_is_no_tracer():
+def test_constant_arrays_can_be_replayed():
     table = table_of()
     settings: dict[str, Any] = {"learning_rate": 0.1, "b1": 0.5, "weight_decay": 0.25}
     arrays: dict[str, Any] = {name: jnp.float32(x) for name, x in settings.items()}
@@ -693,7 +693,7 @@ def test_a_mask_decides_whether_a_table_decays():
         assert_close(actual, expected, 1e-6)
 
 
-def test_a_lookup_has_no_derivative_where_rows_are_brought_up_to_date():
+def test_an_exact_lookup_has_no_derivative():
     table = table_of()
     lazy, exact = row_sparse(ADAM), row_sparse(ADAM, exact=True)
     ids = np.array([1, 2])
@@ -735,7 +735,7 @@ def test_mistakes_are_named(error, message, call):
         call(row_sparse(ADAM))
 
 
-def test_the_state_of_lazy_steps_is_not_taken_for_that_of_exact_ones():
+def test_exact_steps_refuse_the_state_of_lazy_steps():
     rows = row_sparse(ADAM, exact=True)
     for call in (
         lambda state: rows.lookup(np.array([1]), table_of(), state),
@@ -761,7 +761,7 @@ def test_the_state_of_another_table_is_refused(exact):
             rows.catch_up(table_of(), state)
 
 
-def test_complex_tables():
+def test_complex_tables_agree_with_the_reference():
     table = random((20, 3), "complex64")
     ids, gradients = np.array([1, 5, 1]), random((3, 3), "complex64")
     rows = row_sparse(ADAM)

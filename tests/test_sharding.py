@@ -1,4 +1,4 @@
-"""State on a mesh of eight devices: where it lies, what is communicated, and the same numbers."""
+"""State on a mesh of eight devices: its placement, its communication and its numbers."""
 
 import functools
 from typing import Any
@@ -62,11 +62,11 @@ def collectives(compiled):
 
 
 @each_layout
-def test_zero_1(row):
-    """Replicated parameters, state in parts: a part of the bytes, and the bits of one device.
+def test_zero_1_communicates_only_parameters(row):
+    """Parameters are replicated, each device stores part of the state, and results are the same.
 
-    Parameters are gathered, and nothing else is communicated. Between steps state may lie in the
-    host's memory, from which the device can copy (on a CPU no more than a name).
+    Only parameters are gathered, and nothing else is communicated. Between steps, state may be in
+    host memory, from which the device can copy it (on a CPU the two memories are the same).
     """
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = jax.device_put((random(0, dtype), random(1, dtype)), on(MESH))
@@ -78,7 +78,9 @@ def test_zero_1(row):
         if leaf.size >= 4096 or leaf.shape == SHAPES["bias"]:
             assert shard.size * parts == leaf.size
         else:
-            assert shard.size * parts >= leaf.size  # scales of rows, and what can't be divided
+            assert (
+                shard.size * parts >= leaf.size
+            )  # scales of rows, and leaves that cannot be divided
     step = step_of(
         optimizer, donate_argnums=(0, 1), out_shardings=(shardings_of(params), shardings)
     )
@@ -86,7 +88,7 @@ def test_zero_1(row):
     found = collectives(compiled)
     assert [kind for kind, _ in found].count("all-gather") == 3  # kernel, embedding and bias
     for kind, line in found:
-        # One for each row of what only its last dimension divides: a pattern, as an integer.
+        # One bit pattern, an integer, for each row of a leaf divided along its last axis.
         row_maximum = kind == "all-reduce" and "reduce_max" in line and "s32[25" in line
         assert kind == "all-gather" or row_maximum, line
 
@@ -117,8 +119,8 @@ def placed(tree, specs):
 @pytest.mark.covering
 @each_layout
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
-def test_sharded_parameters_need_nothing(row, specs):
-    """Fully-sharded and tensor-parallel: state takes the parameters' shardings by itself."""
+def test_state_follows_sharded_parameters(row, specs):
+    """The state adopts the parameters' shardings, fully sharded or tensor-parallel."""
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = random(0, dtype), random(1, dtype)
 
@@ -137,7 +139,7 @@ def test_sharded_parameters_need_nothing(row, specs):
 @pytest.mark.slow
 @pytest.mark.covering
 @each_layout
-def test_a_gradient_may_be_sharded_otherwise_than_its_parameter(row):
+def test_gradients_may_have_other_shardings_than_parameters(row):
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = random(0, dtype), random(1, dtype)
     params, gradients = (
@@ -158,10 +160,10 @@ EXPLICIT = Mesh(MESH.devices, MESH.axis_names, axis_types=(jax.sharding.AxisType
 @each_layout
 @pytest.mark.parametrize("gradients_at", [(), (None, "data"), ("data",)], ids=str)
 @pytest.mark.parametrize("params_at", [(), ("model",)], ids=str)
-def test_a_mesh_whose_axes_are_explicit(row, params_at, gradients_at):
-    """Where shardings are part of types, gradients, state and parameters may have different ones.
+def test_explicit_axes_give_the_same_bits_as_one_device(row, params_at, gradients_at):
+    """With shardings as part of types, gradients, state and parameters may have different ones.
 
-    Updates have those of the parameters.
+    Updates have the parameters' shardings.
     """
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = (
@@ -190,8 +192,8 @@ def test_a_mesh_whose_axes_are_explicit(row, params_at, gradients_at):
 @each_layout
 @pytest.mark.parametrize("shape", [(3, 256), (5, 512), (256, 3, 64)], ids=str)
 @pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
-def test_numbers_are_those_of_one_device_with_the_usual_settings(row, mesh, shape):
-    """In which no product is exact: all programs must fuse and rewrite them in the same way."""
+def test_default_settings_give_the_same_bits_as_one_device(row, mesh, shape):
+    """With these no product is exact: all programs must fuse and rewrite them in the same way."""
     optimizer, dtype = row.make(), row.param_dtype
     params, gradients = ({"w": short_tree({"w": shape}, dtype, seed)["w"]} for seed in (0, 1))
     desired = three_steps(step_of(optimizer), params, optimizer.init(params), gradients)
@@ -210,8 +212,8 @@ def test_numbers_are_those_of_one_device_with_the_usual_settings(row, mesh, shap
 @pytest.mark.parametrize(
     "row", [row for row in LAYOUT_ROWS if row.name in CODED], ids=lambda r: r.name
 )
-def test_codes_however_rows_are_divided(row, spec, kind):
-    """Initialised eagerly, in jit and through state_shardings: the same bits as one device."""
+def test_codes_are_the_same_for_every_division_of_rows(row, spec, kind):
+    """A state made eagerly, in jit or through `state_shardings` has the same bits."""
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     mesh = Mesh(MESH.devices, MESH.axis_names, axis_types=(kind,) * 2)
     params, gradients = ({"w": short_tree({"w": (32, 256)}, dtype, seed)["w"]} for seed in (0, 1))
@@ -236,7 +238,7 @@ def test_codes_however_rows_are_divided(row, spec, kind):
 
 
 def test_scales_stay_with_the_rows_of_their_codes():
-    """And ZeRO-1 divides what is not divided yet."""
+    """ZeRO-1 divides those arrays that are not yet divided."""
     optimizer = adam_jax.adam(1e-3, **INT8)
     for spec, codes, scales in [
         ((None, "data"), (None, "data"), (None, None)),
@@ -282,7 +284,7 @@ def test_scales_agree_where_shard_map_divides_rows():
     np.testing.assert_allclose(ratio.mean(axis=0), 1, atol=0.15)
 
 
-def test_a_sharded_state_is_converted_where_it_lies():
+def test_a_sharded_state_is_converted_in_place():
     params = jax.device_put(jnp.ones((64, 128)), on(MESH, "data"))
     state = adam_jax.adam(1e-3).init(params)
     coded = adam_jax.convert_state(state, mu_dtype="int8", nu_dtype="int8")
@@ -330,8 +332,8 @@ def with_nnx(optimizer):
 
 
 @pytest.mark.parametrize("remainder", [None, "int8"])
-def test_nnx_with_partitioned_parameters(remainder):
-    """Among them a LayerNorm in float32, which has no remainder."""
+def test_nnx_trains_with_partitioned_parameters(remainder):
+    """Among the parameters is a LayerNorm in float32, which has no remainder."""
     optimizer = adam_jax.adamw(1e-3, **INT8)
     if remainder:
         optimizer = adam_jax.master_weights(optimizer, remainder)
@@ -342,7 +344,7 @@ def test_nnx_with_partitioned_parameters(remainder):
     assert [x.shape for x in codes] == [(64, 64)]
 
 
-def test_linen_with_partitioned_parameters():
+def test_linen_trains_with_partitioned_parameters():
     kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))
     model = nn.Dense(64, use_bias=False, kernel_init=kernel_init)
     optimizer = adam_jax.adamw(1e-3, **INT8)
@@ -360,7 +362,7 @@ def test_linen_with_partitioned_parameters():
     assert int(step(state).opt_state[0].count) == 1
 
 
-def test_states_of_wrappers_and_chains():
+def test_states_of_wrappers_and_chains_are_divided():
     params = jax.device_put(
         {"w": jnp.ones((64, 128)), "frozen": {"v": jnp.ones((64, 128))}, "none": None},
         on(MESH, None, "model"),
@@ -385,14 +387,14 @@ def test_states_of_wrappers_and_chains():
         assert specs <= {("data", None)}
 
 
-def test_the_first_dimension_that_can_be_divided_is():
+def test_the_first_divisible_dimension_is_divided():
     shapes = {(16, 4): ("data", None), (6, 4): (None, "data"), (6, 3): (None, None), (): ()}
     for shape, spec in shapes.items():
         params = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on(MESH))
         shardings = adam_jax.state_shardings(adam_jax.adam(1e-3), params, axis="data")
         assert tuple(shardings[0].mu.spec) == spec
         assert tuple(shardings[0].count.spec) == ()
-    # What is divided already may be divided further; and once over an axis is enough.
+    # A divided array may be divided further, but only once over an axis.
     for size, before, after in [
         (16, "model", ("model", "data")),
         (12, "model", "model"),
@@ -404,7 +406,7 @@ def test_the_first_dimension_that_can_be_divided_is():
         assert tuple(shardings[0].mu.spec) == (after, None)
 
 
-def test_errors_say_what_is_missing():
+def test_errors_name_what_is_missing():
     optimizer = adam_jax.adam(1e-3)
     params = {"w": jax.device_put(jnp.ones(8), on(MESH)), "b": jnp.ones(8)}
     with pytest.raises(

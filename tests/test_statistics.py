@@ -1,4 +1,4 @@
-"""Statistics of a step: what they say is what NumPy finds in the same arrays."""
+"""Statistics of a step agree with NumPy's on the same arrays."""
 
 import chex
 import jax
@@ -18,7 +18,7 @@ OF_MOMENTS = {"signal_to_noise", "near_bound", "nu_at_smallest"}
 
 
 def names(statistics):
-    """Which statistics there are, over all leaves or over one of them."""
+    """Returns the names of the statistics, over all leaves or over one of them."""
     return {key.partition("/")[0] for key in statistics}
 
 
@@ -28,7 +28,7 @@ def rms(*arrays):
 
 
 def run(optimizer, params, gradients, **kwargs):
-    """Every step's statistics, and the updates, in one jitted scan over the gradients."""
+    """Returns every step's statistics and updates, from one jitted scan over the gradients."""
 
     @jax.jit
     def scan(params, gradients):
@@ -45,7 +45,9 @@ def run(optimizer, params, gradients, **kwargs):
 
 @pytest.mark.covering
 @each_row
-def test_every_optimizer_and_format(row, small_leaves_in_int8, standard_promotion):
+def test_statistics_agree_with_numpy_for_every_optimizer(
+    row, small_leaves_in_int8, standard_promotion
+):
     leaves = {
         "float16": ((8, 40), jnp.float16),
         "bfloat16": ((8, 40), jnp.bfloat16),
@@ -68,9 +70,9 @@ def test_every_optimizer_and_format(row, small_leaves_in_int8, standard_promotio
     chex.assert_shape(list(statistics.values()), (5,))
     chex.assert_type(list(statistics.values()), jnp.float32)
     chex.assert_tree_all_finite(statistics)
-    # XLA may leave out the rounding of an update to its dtype where it goes on in float32.
+    # XLA may omit the rounding of an update to its dtype and go on in float32.
     half_ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-    # Relative to gradients that agree: float32's rounding, and what storage does to the moments.
+    # The ratio is 1 for equal gradients. Float32's rounding or storage may change it by this.
     atol = max(row.storage_error, 2e-6)
     for chosen in (*([name] for name in leaves), list(leaves)):
         suffix = f"/{chosen[0]}" if len(chosen) == 1 else ""
@@ -101,7 +103,7 @@ def test_jit_and_eager_agree():
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9), (0.9, 0.81)])
 def test_the_bound_is_reached_and_not_exceeded(b1, b2):
-    """By gradients that grow by b2 / b1 a step, as Cauchy and Schwarz have it."""
+    """By Cauchy-Schwarz, gradients that grow by b2 / b1 a step reach the bound."""
     steps = 60
     optimizer = adam_jax.scale_by_adam(b1, b2, eps=0.0)
     growing = (b1 / b2) ** np.arange(steps - 1.0, -1, -1)
@@ -113,12 +115,12 @@ def test_the_bound_is_reached_and_not_exceeded(b1, b2):
     bound = (1 - b1) * np.sqrt(sums / (1 - b2)) * np.sqrt(1 - b2**t) / (1 - b1**t)
     ratio = np.sqrt(2 * statistics["signal_to_noise"] ** 2 - 1)  # of the first coordinate
     np.testing.assert_allclose(ratio, bound, rtol=2e-4)
-    # The constant gradient has the ratio 1, near the bound as long as that is below 2.
+    # The constant gradient's ratio is 1, which counts as near while the bound is below 2.
     np.testing.assert_array_equal(statistics["near_bound"], np.where(bound < 2, 1.0, 0.5))
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9)])
-def test_the_bound_of_adamax(b1, b2):
+def test_adamax_reaches_its_own_bound(b1, b2):
     steps = 60
     optimizer = adam_jax.scale_by_adamax(b1, b2, eps=0.0)
     shrinking = jnp.asarray(b2 ** np.arange(steps), jnp.float32)
@@ -131,7 +133,7 @@ def test_the_bound_of_adamax(b1, b2):
 
 
 @pytest.mark.parametrize("b2", [0.0, 0.9])
-def test_betas_of_zero(b2):
+def test_betas_of_zero_give_finite_statistics(b2):
     optimizer = adam_jax.scale_by_adam(0.0, b2)
     statistics, _ = run(optimizer, jnp.ones(3), jnp.ones((4, 3)), b1=0.0, b2=b2)
     np.testing.assert_allclose(statistics["signal_to_noise"], np.ones(4), rtol=1e-5)
@@ -142,8 +144,8 @@ def test_betas_of_zero(b2):
     ("mu_dtype", "nu_dtype"),
     [(None, "int8"), ("int8", "int8"), ("int8", "bfloat16"), (None, None)],
 )
-def test_nu_at_its_smallest(mu_dtype, nu_dtype):
-    """A quarter of the coordinates never have a gradient, one in 64 a billionth of the others'."""
+def test_coordinates_with_the_smallest_nu_are_counted(mu_dtype, nu_dtype):
+    """A quarter of the coordinates have no gradient, one in 64 has a billionth of the others'."""
     optimizer = adam_jax.adam(1e-3, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     gradients = jnp.ones((64, 64)).at[:, :16].set(0).at[:, 16].set(1e-9)
     params = jnp.ones((64, 64))
@@ -158,7 +160,7 @@ def test_nu_at_its_smallest(mu_dtype, nu_dtype):
 @pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
-def test_master_weights(remainder, dtype, standard_promotion):
+def test_statistics_use_the_float32_weights(remainder, dtype, standard_promotion):
     inner = adam_jax.adamw(1e-4, mu_dtype="int8", nu_dtype="int8")
     optimizer = untyped(adam_jax.master_weights(inner, remainder))
     weights = random_tree({"kernel": (64, 64), "bias": (64,)})
@@ -178,18 +180,18 @@ def test_master_weights(remainder, dtype, standard_promotion):
     if remainder == "none":
         assert "remainder_use" not in names(statistics)
         return
-    # A step of 1e-4 where an ulp is 0.001 to 0.008: what is stored hardly moves, and by far.
+    # A step is 1e-4 and an ulp 0.001 to 0.008: few stored parameters move, and those far.
     assert stored["update_rms"] > 1.5 * statistics["update_rms"]
     ulps = {
         k: 2.0 ** (np.floor(np.log2(np.abs(np.float64(params[k])))) - jnp.finfo(dtype).nmant)
         for k in params
     }
     left = [(np.float64(after[k]) - np.float64(params[k])) / ulps[k] for k in params]
-    # At a power of two the ulps below are half as long: a few elements in 10,000 are there.
+    # Below a power of two ulps are half as long, which concerns a few elements in 10,000.
     np.testing.assert_allclose(statistics["remainder_use"], rms(*left) * 12**0.5, rtol=0.01)
 
 
-def test_remainders_are_not_in_use_at_first(standard_promotion):
+def test_new_remainders_are_not_in_use(standard_promotion):
     optimizer = adam_jax.master_weights(adam_jax.adam(0.0), "int8")
     params = random_tree({"kernel": (64, 64)}, jnp.bfloat16)
     updates, state = optimizer.update(params, optimizer.init(params), params)
@@ -197,7 +199,7 @@ def test_remainders_are_not_in_use_at_first(standard_promotion):
 
 
 def test_remainders_of_half_an_ulp_are_in_use(standard_promotion):
-    """No more than all of the bits, though uniform remainders are smaller in the mean."""
+    """They use all bits and no more, though uniform remainders are smaller on average."""
     optimizer = adam_jax.master_weights(adam_jax.adam(0.0), "int16")
     weights = jnp.full(64, 1 + 2**-8 - 2**-20)
     params = weights.astype(jnp.bfloat16)
@@ -213,7 +215,7 @@ def test_remainders_of_half_an_ulp_are_in_use(standard_promotion):
         (lambda inner: optax.apply_if_finite(inner, 5), np.nan),
     ],
 )
-def test_before_the_first_step(wrapper, gradient, standard_promotion):
+def test_statistics_are_finite_before_the_first_step(wrapper, gradient, standard_promotion):
     params = {"w": jnp.ones(8), "bias": jnp.zeros(8)}
     optimizer = wrapper(adam_jax.adam(1e-3))
     gradients = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
@@ -223,8 +225,8 @@ def test_before_the_first_step(wrapper, gradient, standard_promotion):
     assert statistics["signal_to_noise"] == statistics["near_bound"] == 0
 
 
-def test_leaves_without_moments_or_updates():
-    """Masked, frozen and empty leaves, and two optimizers side by side."""
+def test_leaves_without_moments_or_updates_are_left_out():
+    """Leaves are masked, frozen or empty, and two optimizers run side by side."""
     params = random_tree({"slow": (4, 4), "fast": (4, 4), "plain": (3,), "frozen": (3,)})
     optimizer = optax.multi_transform(
         {
@@ -245,7 +247,7 @@ def test_leaves_without_moments_or_updates():
     np.testing.assert_allclose(statistics["signal_to_noise"], 1, rtol=1e-4)  # of slow and fast
 
 
-def test_a_parameter_of_zeros():
+def test_a_parameter_of_zeros_has_finite_statistics():
     optimizer = adam_jax.adam(1e-3)
     params = {"moves": jnp.zeros(3), "rests": jnp.zeros(3)}
     gradients = {"moves": jnp.ones(3), "rests": jnp.zeros(3)}
@@ -264,7 +266,7 @@ def test_a_single_leaf_has_only_overall_statistics():
     assert set(adam_jax.step_statistics(updates, state, params)) == ALWAYS | OF_MOMENTS
 
 
-def test_under_vmap_over_settings():
+def test_vmap_over_settings_works():
     params = random_tree({"kernel": (4, 4)})
 
     def statistics(b1, b2):
@@ -276,7 +278,7 @@ def test_under_vmap_over_settings():
     np.testing.assert_allclose(ratios, np.ones(3), rtol=1e-5)
 
 
-def test_sharded_over_eight_devices():
+def test_eight_devices_give_the_same_statistics():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((8,), ("data",), axis_types=auto, devices=jax.devices("cpu"))
     optimizer = adam_jax.adamw(1e-3, mu_dtype="int8", nu_dtype="int8")

@@ -1,4 +1,4 @@
-"""How the moments are stored: bfloat16 and int8, their properties and what they are bound to."""
+"""How moments are stored in bfloat16 and int8: their properties and error bounds."""
 
 import functools
 
@@ -16,7 +16,7 @@ from adam_jax import _storage
 
 
 def gradients_of(model, steps, shape, rng):
-    """Gradients that are hard on a codec, one of them per step."""
+    """Returns gradients that are hard to encode, one for each step."""
     normal = rng.standard_normal((steps, *shape))
     scales = np.exp(rng.standard_normal(shape))
     return {
@@ -37,8 +37,8 @@ FORMATS = [("int8", "int8"), ("float32", "int8"), ("int8", "float32"), ("int8", 
 FORMATS += [("bfloat16", "bfloat16")]
 each_format = pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 SHAPE = (32, 128)
-# From the scale's code to the next one, in parts of the scale: the root is 1 + 1/252, its rough
-# logarithm is linear, and nine times as large.
+# The distance from the scale's code to the next one, in parts of the scale: the root grows by
+# 1/252, and its rough logarithm, which is linear, by nine times as much.
 NEXT = 9 / 252
 
 
@@ -47,7 +47,7 @@ def dtypes(tree):
 
 
 def in_float32(state):
-    """mu and nu of a state as float32, whatever they are stored in."""
+    """Returns mu and nu of a state in float32, from any storage format."""
     return adam_jax.convert_state(state)
 
 
@@ -55,8 +55,8 @@ def in_float32(state):
 @pytest.mark.covering
 @pytest.mark.parametrize("model", MODELS)
 @each_format
-def test_invariants_on_hard_gradients(model, formats):
-    """At every step: nu <= the scale, nu = 0 only where v is, |m| within its bound, no NaN."""
+def test_invariants_hold_on_hard_gradients(model, formats):
+    """At each step nu <= scale, nu = 0 only where exact nu is, mu is bounded, nothing is NaN."""
     rng = np.random.default_rng(len(model))
     gradients = jnp.asarray(gradients_of(model, 300, SHAPE, rng), jnp.float32)
     stored = adam_jax.scale_by_adam(eps=1e-30, mu_dtype=formats[0], nu_dtype=formats[1])
@@ -72,10 +72,10 @@ def test_invariants_on_hard_gradients(model, formats):
             scale = state.nu.scales if coded else stored.nu
             seen = {
                 "finite": jnp.isfinite(u).all() & jnp.isfinite(stored.mu).all(),
-                # A nu that equals its scale but for rounding may get the next code.
+                # A nu that equals its scale up to rounding may get the next code.
                 "nu <= scale": jnp.all(stored.nu <= scale * (1 + NEXT)),
                 "nu > 0": jnp.all((stored.nu > 0) | (state32.nu < 1e-37)),
-                "scale >= largest v": jnp.all(scale >= 0.5 * state32.nu),
+                "scale >= largest nu": jnp.all(scale >= 0.5 * state32.nu),
                 "largest step": jnp.abs(u).max(),
                 "float32's largest step": jnp.abs(v).max(),
             }
@@ -85,12 +85,12 @@ def test_invariants_on_hard_gradients(model, formats):
         return jax.lax.scan(step, (optimizer.init(zeros), exact.init(zeros)), gradients)
 
     (state, state32), seen = scan(gradients)
-    for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest v"):
+    for name in ("finite", "nu <= scale", "nu > 0", "scale >= largest nu"):
         assert seen[name].all(), name
     if formats[0] == "int8":
-        # 7.75 q, where q is up to unit sqrt(nu), and the bias corrections are those in the unit.
+        # 7.75 q, where q is at most unit sqrt(nu), and the unit includes the bias corrections.
         assert seen["largest step"].max() <= 7.75 * 8.4 * np.sqrt(0.1 / 1.9) * (1 + 1e-5)
-    # A step follows from moments that each were at most one code away from the float32 ones.
+    # A step uses moments that are each at most one code away from the float32 ones.
     assert seen["largest step"].max() < 2 * seen["float32's largest step"].max()
     if model != "stopping":
         ratio = jnp.sqrt(in_float32(state).nu.sum(axis=-1) / state32.nu.sum(axis=-1))
@@ -100,7 +100,7 @@ def test_invariants_on_hard_gradients(model, formats):
 @pytest.mark.slow
 @each_format
 def test_no_coordinate_is_stranded(formats):
-    """Constant gradients: every direction comes to 1 on average, from a nu once far too large."""
+    """Under constant gradients each direction averages 1, even after nu was far too large."""
     optimizer = untyped(
         adam_jax.scale_by_adam(eps=1e-30, b2=0.99, mu_dtype=formats[0], nu_dtype=formats[1])
     )
@@ -116,7 +116,7 @@ def test_no_coordinate_is_stranded(formats):
     _, updates = run(optimizer.init(scales))
     late = updates[-1500:].mean(axis=0)
     np.testing.assert_allclose(late.mean(), 1, atol=0.02)
-    assert jnp.abs(late - 1).max() < 0.15  # every single coordinate, over 15 times nu's memory
+    assert jnp.abs(late - 1).max() < 0.15  # each coordinate, over 15 times nu's memory
 
 
 @pytest.mark.slow
@@ -141,8 +141,8 @@ def test_moments_decay_to_zero_when_gradients_stop(formats):
 
 
 @pytest.mark.parametrize("power", [-20, 10])
-def test_codes_do_not_see_the_scale_of_gradients(power):
-    """All gradients times a power of two: the same codes and the same steps, bit for bit."""
+def test_codes_do_not_depend_on_the_scale_of_gradients(power):
+    """Gradients times a power of two give bit-identical codes and steps."""
     optimizer = untyped(adam_jax.scale_by_adam(eps=0.0, mu_dtype="int8", nu_dtype="int8"))
     gradients = np.random.default_rng(1).standard_normal((20, *SHAPE)).astype(np.float32)
 
@@ -159,7 +159,7 @@ def test_codes_do_not_see_the_scale_of_gradients(power):
 
 
 def test_bfloat16_mu_does_not_stick():
-    """With b1 = 0.999 and to nearest, it would stay at half of a constant gradient."""
+    """Rounded to nearest at b1 = 0.999, it would stop at half of a constant gradient."""
     optimizer = untyped(adam_jax.scale_by_adam(b1=0.999, mu_dtype="bfloat16"))
 
     @jax.jit
@@ -173,7 +173,7 @@ def test_bfloat16_mu_does_not_stick():
 
 
 def test_bfloat16_nu_does_not_freeze():
-    """To nearest it would stick at 0.5, and after a drop of the gradients never come down."""
+    """Rounded to nearest, it would stick at 0.5, and never fall after gradients drop."""
     optimizer = untyped(adam_jax.scale_by_adam(mu_dtype="bfloat16", nu_dtype="bfloat16"))
 
     @jax.jit
@@ -195,7 +195,7 @@ def test_bfloat16_nu_does_not_freeze():
     ids=["adamax", "amsgrad"],
 )
 def test_a_maximum_in_bfloat16_is_hardly_biased(factory, denominator):
-    """A maximum keeps upward rounding errors; bfloat16's are small enough. int8's would not be."""
+    """A maximum keeps upward rounding errors. Those of bfloat16 are small enough, not of int8."""
     optimizer, exact = factory(mu_dtype="bfloat16", nu_dtype="bfloat16"), factory()
     gradients = np.random.default_rng(2).standard_normal((2000, *SHAPE)).astype(np.float32)
 
@@ -210,16 +210,16 @@ def test_a_maximum_in_bfloat16_is_hardly_biased(factory, denominator):
     stored, desired = (getattr(state, denominator) for state in run(gradients))
     ratio = stored.astype(jnp.float32) / desired
     np.testing.assert_allclose(ratio.mean(), 1, atol=0.01)
-    # A rounding is off by ulp / sqrt(6) (root mean square), an ulp by up to 2^-7 and on average
-    # 2^-7.5, and 1 / (1 - b2^2) = 500 of them add up: 0.05. Among 4096 coordinates, and over time,
-    # up to 5 times that.
+    # A rounding is off by ulp / sqrt(6) (root mean square), where an ulp is 2^-7 at most and
+    # 2^-7.5 on average, and 1 / (1 - b2^2) = 500 of them add up: 0.05. Among 4096 coordinates,
+    # and over time, errors reach 5 times that.
     assert jnp.abs(ratio - 1).max() < 0.25
 
 
 @pytest.mark.slow
 @each_format
-def test_shard_map_over_the_rows(formats):
-    """The step compiles where leaves vary over a mesh, and gives what it gives without one."""
+def test_shard_map_over_rows_gives_the_same_results(formats):
+    """The step compiles where leaves vary over a mesh, with the same results as without one."""
     optimizer = adam_jax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1])
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     gradients = jnp.asarray(np.random.default_rng(5).standard_normal(SHAPE), jnp.float32)
@@ -264,7 +264,7 @@ def test_a_state_in_bfloat16_is_optax_state():
     assert dtypes(ours) == dtypes(theirs)
 
 
-# ------------------------------------------------------------------ states that are edited
+# ------------------------------------------------------------------ edited states
 
 WITH_CODES = [("int8", None), ("int8", "bfloat16"), ("int8", "int8")]
 each_with_codes = pytest.mark.parametrize("formats", WITH_CODES, ids=str)
@@ -273,7 +273,7 @@ SQUARE = (64, 64)
 
 @functools.cache
 def a_run(formats, seed=0, steps=20):
-    """An optimizer, its jitted step, and the state after some steps on normal gradients."""
+    """Returns an optimizer, its jitted step, the state after some normal gradients, and another."""
     optimizer = untyped(adam_jax.scale_by_adam(mu_dtype=formats[0], nu_dtype=formats[1]))
     gradients = normal(steps + 1, *SQUARE, seed=seed)
     _, state = directions(optimizer, gradients[:-1])
@@ -281,7 +281,7 @@ def a_run(formats, seed=0, steps=20):
 
 
 @each_with_codes
-def test_mu_means_the_same_with_other_betas_and_another_count(formats):
+def test_mu_does_not_depend_on_betas_or_count(formats):
     _, _, state, g = a_run(formats)
     mu = in_float32(state).mu
     for count in (0, 3, 10**6):
@@ -291,27 +291,29 @@ def test_mu_means_the_same_with_other_betas_and_another_count(formats):
     _, after = jax.jit(other.update)(g, state._replace(count=jnp.int32(3)))
     desired = 0.5 * mu + 0.5 * g
     mu = in_float32(after).mu
-    # Noise of mu alone in 7 or 6 bits, of which 4096 average to a 64th.
+    # The only noise is mu's, in 7 or 6 bits; the mean of 4096 reduces it to a 64th.
     error = jnp.linalg.norm(mu - desired) / jnp.linalg.norm(desired)
     assert error < 0.05
     np.testing.assert_allclose(jnp.vdot(mu, desired) / jnp.vdot(desired, desired), 1, atol=0.003)
 
 
 @each_with_codes
-def test_momentum_that_is_reset(formats):
-    """All of it, or that of some columns, as for new rows of an embedding."""
+def test_momentum_can_be_reset_to_zero(formats):
+    """Resets all momentum, or some columns, as for new rows of an embedding."""
     _, step, state, g = a_run(formats)
     before = in_float32(state)
     for reset in (jnp.ones(64, bool), jnp.arange(64) % 3 == 0):
         edited = state._replace(mu=jnp.where(reset, jnp.int8(0), state.mu))
         after = in_float32(edited)
         np.testing.assert_array_equal(after.mu, jnp.where(reset, 0, before.mu))
-        # A code is up to 1/28 of nu, and the next power of nine bits once more.
+        # A code is up to 1/28 of nu; resetting mu clears the lowest of nu's nine bits.
         np.testing.assert_allclose(after.nu, before.nu, rtol=0.04)
         updates, _ = step(g, edited)
         desired, _ = adam_jax.scale_by_adam().update(g, after)
         error = jnp.linalg.norm(updates - desired) / jnp.linalg.norm(desired)
-        assert error < 0.08  # of one step's noise: see `test_the_error_of_an_update`
+        assert (
+            error < 0.08
+        )  # the noise of one step: see `test_an_update_stays_within_its_error_bound`
 
 
 def mean_of(a, b):
@@ -320,7 +322,7 @@ def mean_of(a, b):
 
 @pytest.mark.parametrize("formats", [*WITH_CODES, (None, "int8")], ids=str)
 def test_averaged_codes_give_nan(formats, request):
-    """Codes have no average: what a mean over replicas or a federated average makes of a state."""
+    """Codes cannot be averaged, as a mean over replicas or federated averaging would do."""
     if formats[1] != "int8":
         reason = "with nu in a float, two runs at one count have the same units"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
@@ -328,13 +330,13 @@ def test_averaged_codes_give_nan(formats, request):
     _, _, other, _ = a_run(formats, seed=1)
     chex.assert_trees_all_equal(jax.tree.map(mean_of, state, state), state)
     updates, _ = step(g, jax.tree.map(mean_of, state, other))
-    # All 64 rows, but that 1 checksum in 4096 is right by chance.
+    # All 64 rows, except that 1 checksum in 4096 matches by chance.
     assert np.sum(np.isnan(updates).all(axis=-1)) >= 63
 
 
 @pytest.mark.parametrize("formats", [*WITH_CODES, (None, "int8")], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_codes_that_are_cast_are_refused(formats, dtype):
+def test_cast_codes_are_refused(formats, dtype):
     optimizer, _, state, g = a_run(formats)
     _, _, other, _ = a_run(formats, seed=1)
     cast = jax.tree.map(lambda x: x.astype(dtype), state)
@@ -344,7 +346,7 @@ def test_codes_that_are_cast_are_refused(formats, dtype):
             jax.eval_shape(optimizer.update, g, edited._replace(count=state.count))
 
 
-# ------------------------------------------------------------------ what a step loses
+# ------------------------------------------------------------------ the error of a step
 
 
 @pytest.mark.slow
@@ -355,10 +357,10 @@ def test_codes_that_are_cast_are_refused(formats, dtype):
         *[((0.95, 0.95), 0.1), ((0.95, 0.99), 0.1), ((0.9, 0.9999), 0.1), ((0.98, 0.92), 0.15)],
     ],
 )
-def test_the_error_of_an_update(betas, bound):
-    """Relative to that of float32, at the worst of the first 1000 steps on normal gradients.
+def test_an_update_stays_within_its_error_bound(betas, bound):
+    """Compares the worst of the first 1000 steps on normal gradients with float32.
 
-    The bounds are those of the design: what docs/formats.md promises for these decay rates.
+    docs/formats.md promises these bounds for these decay rates.
     """
     optimizer = untyped(adam_jax.scale_by_adam(*betas, eps=1e-30, mu_dtype="int8", nu_dtype="int8"))
     exact = untyped(adam_jax.scale_by_adam(*betas, eps=1e-30))
@@ -379,7 +381,7 @@ def test_the_error_of_an_update(betas, bound):
 
 @jax.jit
 def first_step_of_ones(b1, b2):
-    """The mean of the first direction in int8; decay rates are traced, and all compile once."""
+    """Returns the first direction's mean in int8; decay rates are traced, so this compiles once."""
     optimizer = untyped(adam_jax.scale_by_adam(b1, b2, mu_dtype="int8", nu_dtype="int8"))
     return optimizer.update(jnp.ones(SQUARE), optimizer.init(jnp.ones(SQUARE)))[0].mean()
 
@@ -392,7 +394,7 @@ def test_a_first_step_is_one_with_any_betas():
 
 @pytest.mark.slow
 def test_a_rare_gradient_is_not_cut_off():
-    """One after 20,000 steps without: nothing moves mu further beyond sqrt(nu)."""
+    """A gradient after 20,000 steps without any moves mu as far beyond sqrt(nu) as possible."""
 
     def last_step(betas, format):
         optimizer = untyped(adam_jax.scale_by_adam(*betas, mu_dtype=format, nu_dtype=format))
@@ -417,8 +419,8 @@ def test_a_rare_gradient_is_not_cut_off():
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("nu", [None, "bfloat16", "int8"])
-def test_what_is_not_finite_poisons_mu_in_int8(nu, bad):
-    """Its coordinate, and with codes of nu its row, for good."""
+def test_infinity_and_nan_spread_only_as_documented_in_int8(nu, bad):
+    """Its coordinate stays NaN, and with codes of nu so does its row."""
     optimizer = untyped(adam_jax.scale_by_adam(mu_dtype="int8", nu_dtype=nu))
     g = jnp.ones(SQUARE).at[3, 5].set(bad)
     poisoned = np.zeros(SQUARE, bool)
@@ -440,9 +442,9 @@ NARROW += [("int8", "int8"), ("bfloat16", "float32"), (None, "int8")]
 
 @only_x64
 @pytest.mark.parametrize("formats", NARROW, ids=str)
-def test_float64_gradients_beyond_a_narrow_format(formats, x64):
-    """No step is longer than 1.2 where the right one is 1: noise makes it up to 1.2."""
-    # Fails for mu in float64 with nu in int8: a scale below 2^-126 is 0, and mu is not.
+def test_float64_gradients_beyond_a_narrow_format_make_no_long_step(formats, x64):
+    """No step is longer than 1.2 where the exact one is 1: noise lengthens it up to 1.2."""
+    # This would fail for mu in float64 with nu in int8: a scale below 2^-126 is 0, mu is not.
 
     def longest(g, eps):
         optimizer = untyped(
@@ -459,8 +461,8 @@ def test_float64_gradients_beyond_a_narrow_format(formats, x64):
 
 @only_x64
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
-def test_a_state_in_float64_becomes_narrow(format, x64):
-    """Where its moments are beyond float32's range, their ratio is what stays."""
+def test_a_float64_state_converts_to_narrow_formats(format, x64):
+    """Where its moments are beyond float32's range, their ratio is preserved."""
     exact = untyped(adam_jax.scale_by_adam())
     narrow = untyped(adam_jax.scale_by_adam(mu_dtype=format, nu_dtype=format))
     rng = np.random.default_rng(0)
@@ -472,7 +474,7 @@ def test_a_state_in_float64_becomes_narrow(format, x64):
         (m, v), (m_narrow, v_narrow) = np.asarray(moments, np.float64)
         ratio = (m_narrow / np.sqrt(v_narrow)) / (m / np.sqrt(v))
         assert np.isfinite(ratio).all()
-        # One rounding: 6 bits of mu and 9 of nu, or 8 of each, or 24.
+        # The errors of one rounding: 6 bits of mu and 9 of nu, or 8 of each, or 24.
         rms = np.sqrt(np.mean(np.square(ratio - 1)))
         assert rms < {"float32": 1e-6, "bfloat16": 0.01, "int8": 0.1}[format], size
         updates, _ = narrow.update(jnp.zeros(SQUARE, jnp.float32), converted)
@@ -492,7 +494,7 @@ MU = {"embed": "float32", "rest": "int8", "scale": None}
 NU = {"embed": "bfloat16", "rest": {"kernel": "int8", "bias": "bfloat16"}, "scale": jnp.int8}
 
 
-def test_each_leaf_has_its_format():
+def test_each_leaf_may_have_its_own_format():
     optimizer = untyped(adam_jax.scale_by_adam(mu_dtype=MU, nu_dtype=NU))
     gradients = [random_tree(jax.tree.map(jnp.shape, flat(PARAMS)), seed=i) for i in range(3)]
     state = optimizer.init(PARAMS)
@@ -505,7 +507,7 @@ def test_each_leaf_has_its_format():
     shapes = {"embed": (), "bias": (), "kernel": (128, 1), "scale": (64, 1)}
     assert jax.tree.map(jnp.shape, flat(state.nu.scales)) == shapes
     assert jax.tree.map(jnp.shape, flat(state.nu.units)) == shapes
-    # Each leaf as if all were in its formats: leaves are numbered as they are in the tree.
+    # Each leaf behaves as if all leaves had its formats: its number in the tree is the same.
     found = run_of(optimizer, PARAMS, [nested(g) for g in gradients])
     for name, formats in {
         "embed": ("float32", "bfloat16"),
@@ -525,7 +527,7 @@ def test_each_leaf_has_its_format():
 
 
 def flat(tree):
-    """A tree like `PARAMS`, by the names of its leaves."""
+    """Returns a tree like `PARAMS` as a dict of its leaves by name."""
     return {"embed": tree["embed"], **tree["rest"], "scale": tree["scale"]}
 
 
@@ -542,13 +544,13 @@ def run_of(optimizer, params, gradients):
     return outcome
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
 @pytest.mark.parametrize("moment", ["mu", "nu"])
 def test_a_state_in_another_format_is_refused(format, moment):
-    # Fails for mu in int8: the message names nu, and advises a nu_dtype that is wrong.
+    # This would fail for mu in int8 if the message named nu and advised a wrong nu_dtype.
     params = {"w": jnp.ones(SHAPE)}
     plain = adam_jax.adam(0.1)
     stored = adam_jax.adam(0.1, **{f"{moment}_dtype": format})
@@ -563,7 +565,7 @@ def test_a_leaf_in_another_format_is_refused_by_its_path():
     def optimizer(mu, nu):
         return adam_jax.adam(0.1, mu_dtype=mu, nu_dtype=nu)
 
-    def says(moment, found, expected):
+    def message(moment, found, expected):
         return (
             rf"state\.{moment}\['rest'\]\['kernel'\] is stored in {found}, but this optimizer "
             rf"stores it in {expected}\..*convert_state"
@@ -576,14 +578,14 @@ def test_a_leaf_in_another_format_is_refused_by_its_path():
     }
     for moment, found in [("mu", "int8"), ("nu", "int8")]:
         other = optimizer(**{"mu": MU, "nu": NU} | {moment: others[moment]})
-        with pytest.raises(ValueError, match=says(moment, found, "bfloat16")):
+        with pytest.raises(ValueError, match=message(moment, found, "bfloat16")):
             other.update(PARAMS, state, PARAMS)
-        with pytest.raises(ValueError, match=says(moment, "bfloat16", found)):
+        with pytest.raises(ValueError, match=message(moment, "bfloat16", found)):
             optimizer(MU, NU).update(PARAMS, other.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
-def test_formats_that_are_none_are_refused(name):
+def test_unknown_formats_are_refused(name):
     for format in ("int4", "float16", jnp.float16, {"embed": "int8", "rest": "fp8"}, 3):
         with pytest.raises(ValueError, match=rf"{name} must be None or one of 'float32', 'bfloat"):
             untyped(adam_jax.adam)(0.1, **{name: format})
@@ -601,7 +603,7 @@ def test_formats_that_are_none_are_refused(name):
             optimizer.update(PARAMS, adam_jax.adam(0.1).init(PARAMS), PARAMS)
 
 
-def test_what_cannot_be_stored_is_refused():
+def test_moments_that_a_format_cannot_store_are_refused():
     for factory in (adam_jax.adamax, adam_jax.adamaxw, adam_jax.amsgrad):
         with pytest.raises(ValueError, match=r"nu_dtype can't be 'int8' here: .* is a maximum"):
             factory(0.1, nu_dtype="int8")
@@ -614,21 +616,21 @@ def test_what_cannot_be_stored_is_refused():
 
 @pytest.mark.parametrize("params", [{}, {"a": None}], ids=["no leaf", "none"])
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
-def test_a_tree_without_leaves_is_in_every_format(format, params):
-    """Such as what a label of optax.multi_transform has that no parameter bears."""
+def test_a_tree_without_leaves_fits_every_format(format, params):
+    """optax.multi_transform makes such a tree for a label that no parameter has."""
     optimizer = untyped(adam_jax.adam(0.1, mu_dtype=format, nu_dtype=format))
     updates, state = optimizer.update(params, optimizer.init(params))
     assert updates == params
     assert state[0].count == 1
 
 
-def test_fits_int8_is_what_the_documentation_says():
+def test_the_smallest_int8_leaf_is_as_documented():
     assert _storage.SMALLEST_INT8_LEAF == 4096
     assert _storage.SHORTEST_INT8_ROW == 32
 
 
 def test_the_initial_state_needs_no_computation():
-    """XLA would find the maximum of a leaf of zeros while it compiles, in minutes."""
+    """XLA would compute the maximum of a leaf of zeros while compiling, for minutes."""
     optimizer = adam_jax.adam(1e-3, mu_dtype="int8", nu_dtype="int8")
     params = jax.ShapeDtypeStruct((2**14, 2**10), jnp.float32)
     operations = {e.primitive.name for e in jax.make_jaxpr(optimizer.init)(params).eqns}

@@ -1,7 +1,7 @@
-"""A training that torch began goes on here, on torch's trajectory, and back again in torch.
+"""A training run that torch began continues here, on torch's trajectory, and back in torch.
 
-What torch did is recorded in golden/torch_training.npz, by the script beside it: 20 steps, from
-which we go on, and 20 more to compare with. torch_round_trip.py does it with torch itself.
+golden/torch_training.npz, written by the script in that folder, records torch's run: 20 steps
+before we continue, and 20 more to compare with. torch_round_trip.py runs torch itself.
 """
 
 import functools
@@ -22,13 +22,13 @@ HALF, STEPS, BATCH = 20, 40, 32
 NAMES = ["adam", "adamw", "nadam", "adamax", "amsgrad"]
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 
-# Between double precision here and there: 20 steps of a few hundred ulps (2^-53) each, because sums
-# of products have another order, times the network's response. Seen: 2e-15.
+# Between double precision here and in torch: 20 steps of a few hundred ulps (2^-53) each, because
+# sums of products have another order, times the network's response. Measured: 2e-15.
 TOLERANCE = 1e-12
 
 
 class Network(nnx.Module):
-    """torch's network, as one writes it in Flax: channels last, and kernels the other way round."""
+    """torch's network written in Flax: channels come last, and kernels are transposed."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -42,8 +42,8 @@ class Network(nnx.Module):
 
 
 def to_params(torch):
-    """torch's weights as Flax has them."""
-    dense = torch["3.weight"].reshape(10, 4, 3, 3)  # what it sees are channels, rows and columns
+    """Returns torch's weights in Flax's layout."""
+    dense = torch["3.weight"].reshape(10, 4, 3, 3)  # its inputs are channels, rows and columns
     return {
         "conv": {"kernel": torch["0.weight"].transpose(2, 3, 1, 0), "bias": torch["0.bias"]},
         "dense": {"kernel": dense.transpose(2, 3, 1, 0).reshape(-1, 10), "bias": torch["3.bias"]},
@@ -57,7 +57,7 @@ def golden():
 
 
 def recorded(name, step):
-    """torch's state_dict and its weights, in the order in which the optimizer was given them."""
+    """Returns torch's state_dict, and its weights in the order of torch's optimizer."""
     arrays = golden()
     groups = json.loads(str(arrays[f"{name}/groups"]))
     state = {}
@@ -70,7 +70,7 @@ def recorded(name, step):
 
 
 def optimizer_like(name, groups):
-    """Ours with the hyperparameters of torch's groups."""
+    """Returns our optimizer with the hyperparameters of torch's groups."""
 
     def make(group, **more):
         (b1, b2), factory = group["betas"], getattr(adam_jax, name)
@@ -87,7 +87,7 @@ def optimizer_like(name, groups):
 
 
 def continued(name, torch_state, weights):
-    """Parameters, state and losses of the second half, in Flax with ours."""
+    """Returns parameters, state and losses of the second half, in Flax with our optimizer."""
     graph, _ = nnx.split(Network())
     optimizer = optimizer_like(name, torch_state["param_groups"])
     params = to_params({path: jnp.asarray(x) for path, x in weights.items()})
@@ -117,7 +117,7 @@ def continued(name, torch_state, weights):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
 @each_optimizer
-def test_a_training_of_torch_goes_on_and_back(name, x64):
+def test_a_torch_run_continues_here_and_back(name, x64):
     torch_state, weights = recorded(name, HALF)
     params, state, losses = continued(name, torch_state, weights)
     desired_state, desired_weights = recorded(name, STEPS)
@@ -138,7 +138,7 @@ def test_a_training_of_torch_goes_on_and_back(name, x64):
             np.testing.assert_allclose(x, array, rtol=0, atol=atol, err_msg=field)
 
 
-# ------------------------------------------------------------------ what a state may look like
+# ------------------------------------------------------------------ forms of a state
 
 ROWS, COLUMNS = 64, 96  # enough for int8
 GROUP = {"betas": (0.9, 0.999), "weight_decay": 0.0, "amsgrad": False}
@@ -149,7 +149,7 @@ def transposed(torch):
 
 
 def small_torch(step=7, **group):
-    """The state_dict and the weights of a dense layer that torch has trained."""
+    """Returns the state_dict and the weights of a dense layer that torch has trained."""
     rng = np.random.default_rng(0)
     weights = {"weight": np.zeros((ROWS, COLUMNS), np.float32), "bias": np.zeros(ROWS, np.float32)}
     state = {
@@ -171,21 +171,21 @@ def moved(optimizer, torch_state, weights, to_params=transposed, dtype=jnp.float
 @pytest.mark.parametrize(
     "step", [7, 7.0, np.float32(7), np.array(7.0), jnp.asarray(7)], ids=lambda step: str(type(step))
 )
-def test_steps_of_any_kind(step):
+def test_steps_may_have_any_numeric_type(step):
     state = moved(adam_jax.adam(1e-3), *small_torch(step))
     assert state[0].count.dtype == jnp.int32
     assert state[0].count == 7
 
 
-@pytest.mark.parametrize("keys", ["numbers", "names beside them", "names"])
-def test_names_and_the_order_of_groups(keys):
+@pytest.mark.parametrize("keys", ["numbers", "numbers and names", "names"])
+def test_names_and_order_of_groups_are_respected(keys):
     (torch_state, weights), names = small_torch(), ["bias", "weight"]
     weight, bias = torch_state["state"].values()
     groups = [{**GROUP, "params": [0]}, {**GROUP, "params": [1]}]  # biases first
     state = {0: bias, 1: weight}
     if keys == "numbers":
         weights = {name: weights[name] for name in names}
-    elif keys == "names beside them":
+    elif keys == "numbers and names":
         for group, name in zip(groups, names, strict=True):
             group["param_names"] = [name]
     else:
@@ -205,7 +205,7 @@ def test_names_and_the_order_of_groups(keys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
-def test_into_every_storage_format(format):
+def test_a_state_converts_into_every_storage_format(format):
     torch_state, weights = small_torch()
     optimizer = adam_jax.master_weights(
         adam_jax.adamw(optax.linear_schedule(1e-3, 0.0, 100), mu_dtype=format, nu_dtype=format),
@@ -213,18 +213,18 @@ def test_into_every_storage_format(format):
     )
     state = moved(optimizer, torch_state, weights, dtype=jnp.bfloat16)
     like = moved(adam_jax.adam(1e-3), torch_state, weights)
-    # The same as the conversion of a float32 state, which test_storage.py compares with numbers.
+    # Equals the conversion of a float32 state, whose numbers test_storage.py checks.
     desired = adam_jax.convert_state(like[0], format, format)
     jax.tree.map(np.testing.assert_array_equal, state.inner_state[0], desired)
     assert state.inner_state[-1].count == 7  # the schedule's
-    assert state.count == 0  # of draws: another matter
+    assert state.count == 0  # counts draws, not steps
     back = adam_jax.to_torch(state, torch_state, weights, transposed)
     numbers = adam_jax.convert_state(desired)
     for field, tree in (("exp_avg", numbers.mu), ("exp_avg_sq", numbers.nu)):
         np.testing.assert_array_equal(back["state"][0][field], tree["body"]["kernel"].T)
 
 
-def test_schedules_go_on():
+def test_schedules_continue_at_the_count():
     schedule = optax.linear_schedule(1.0, 0.0, 10)
     injected = optax.inject_hyperparams(adam_jax.adamw)(schedule, weight_decay=schedule)
     plain = adam_jax.adamw(schedule, weight_decay=schedule)
@@ -238,13 +238,13 @@ def test_schedules_go_on():
     m, v = (torch_state["state"][1][field] for field in ("exp_avg", "exp_avg_sq"))
     unit = 1 / (1 - 0.9**8) / np.sqrt((0.999 * v + 0.001) / (1 - 0.999**8))
     desired = -rate * ((0.9 * m + 0.1) * unit + rate)
-    largest = rate * ((0.9 * np.abs(m) + 0.1) * unit + rate)  # of what is added up
-    # inject_hyperparams has b2 in float32, so that 1 - b2 is off by 1.3e-5 of itself.
+    largest = rate * ((0.9 * np.abs(m) + 0.1) * unit + rate)  # of the terms of the sum
+    # inject_hyperparams holds b2 in float32, so 1 - b2 has a relative error of 1.3e-5.
     for update in updates:
         np.testing.assert_array_less(np.abs(update["bias"] - desired), 1.3e-5 * largest)
 
 
-def test_a_parameter_without_a_step():
+def test_a_parameter_without_a_step_has_zero_moments():
     torch_state, weights = small_torch()
     del torch_state["state"][1]
     state = moved(adam_jax.adam(1e-3), torch_state, weights)
@@ -258,7 +258,7 @@ def test_a_parameter_without_a_step():
     np.testing.assert_array_equal(back["state"][0]["exp_avg"], torch_state["state"][0]["exp_avg"])
 
 
-def test_counts_that_differ_need_optimizers_that_differ():
+def test_different_counts_need_separate_optimizers():
     torch_state, weights = small_torch()
     torch_state["state"][1]["step"] = 5
     with pytest.raises(ValueError, match=r"5 steps at \['bias'\] and 7 steps at .*multi_transform"):
@@ -278,7 +278,7 @@ def test_counts_that_differ_need_optimizers_that_differ():
     "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__
 )
 def test_moments_and_counts_do_not_pass_through_the_weights_dtype(dtype):
-    """`to_params` casts the weights. float16 would make nu 0, bfloat16 round 100,001 steps."""
+    """`to_params` casts the weights. float16 would make nu 0, and bfloat16 would round 100,001."""
     torch_state, weights = small_torch(100_001)
     for entry in torch_state["state"].values():
         entry["exp_avg_sq"] *= np.float32(1e-9)
@@ -300,8 +300,8 @@ def test_moments_and_counts_do_not_pass_through_the_weights_dtype(dtype):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("format", [None, "bfloat16"])
-def test_the_maximum_of_amsgrad(format):
-    """torch's step after the conversion is as long as the one before it, here."""
+def test_the_maximum_of_amsgrad_is_converted(format):
+    """torch's step after the conversion is as long as our step before it."""
     rng = np.random.default_rng(0)
     gradients = {"w": jnp.asarray(rng.standard_normal((30, 64)), jnp.float32)}
     torch_state = {"state": {}, "param_groups": [{**GROUP, "params": [0], "amsgrad": True}]}
@@ -330,8 +330,8 @@ def test_the_maximum_of_amsgrad(format):
         largest_error(raw, maximum="true")
 
 
-def test_the_product_of_nadams_warm_up():
-    # torch multiplies b1 (1 - 0.96^(t momentum_decay) / 2) up, step by step.
+def test_the_product_of_nadam_s_warm_up_is_restored():
+    # torch multiplies the factors b1 (1 - 0.96^(t momentum_decay) / 2), step by step.
     group = {"params": [0, 1], "betas": (0.9, 0.999), "momentum_decay": 0.004}
     torch_state, weights = small_torch()
     torch_state["param_groups"] = [group]
@@ -343,7 +343,7 @@ def test_the_product_of_nadams_warm_up():
     np.testing.assert_allclose(back["state"][0]["mu_product"], product, rtol=1e-7)
 
 
-# ------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------ mismatches
 
 
 def wrong_order(torch_state, weights):
@@ -392,7 +392,7 @@ def of_amsgrad(torch_state, weights):
         (of_amsgrad, ValueError, "max_exp_avg_sq for 'weight'.*Only AMSGrad can continue AMSGrad"),
     ],
 )
-def test_what_does_not_fit_is_named(broken, error, message):
+def test_mismatches_are_named(broken, error, message):
     with pytest.raises(error, match=message):
         moved(adam_jax.adam(1e-3), *broken(*small_torch()))
 
@@ -419,19 +419,19 @@ def test_there_is_no_way_back_if_an_element_is_left_out_or_used_twice():
         return {**transposed(torch), "tied": torch["bias"]}
 
     for to_params, name in ((cut, "weight"), (tied, "bias")):
-        state = moved(adam_jax.adam(1e-3), torch_state, weights, to_params)  # in there is
+        state = moved(adam_jax.adam(1e-3), torch_state, weights, to_params)  # the way here works
         with pytest.raises(ValueError, match=f"each element of '{name}' once"):
             adam_jax.to_torch(state, torch_state, weights, to_params)
 
 
-def test_to_params_that_does_arithmetic():
+def test_arithmetic_in_to_params_is_refused():
     torch_state, weights = small_torch()
     half = lambda torch: jax.tree.map(lambda x: x / 2, transposed(torch))  # noqa: E731
     with pytest.raises(ValueError, match="to_params does arithmetic"):
         moved(adam_jax.adam(1e-3), torch_state, weights, half)
 
 
-def test_a_state_that_was_made_of_other_numbers_is_refused():
+def test_states_of_other_algorithms_are_refused():
     with pytest.raises(ValueError, match="found no state of scale_by_adam"):
         moved(optax.sgd(1e-3), *small_torch())
     torch_state, weights = small_torch()

@@ -1,4 +1,4 @@
-"""What surrounds one leaf's step: rates, decay, masks, one rounding, what is compiled."""
+"""Everything around one leaf's step: rates, decay, masks, one rounding, compilation."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ import adam_jax
 
 @pytest.mark.parametrize("make", [adam_jax.adam, adam_jax.adamw])
 def test_half_precision_updates_are_rounded_once(make):
-    """Direction, decay and learning rate are float32, and their result is rounded: not each."""
+    """Direction, decay and learning rate are float32, and only their result is rounded."""
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.standard_normal(1000), jnp.bfloat16)
     gradients = jnp.asarray(rng.standard_normal(1000), jnp.bfloat16)
@@ -32,7 +32,7 @@ def test_half_precision_updates_are_rounded_once(make):
 
 def test_eager_updates_compile_nothing_for_new_hyperparameters(caplog):
     params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
-    others = {"w": jnp.ones((37, 41))}  # of a shape that no other test has
+    others = {"w": jnp.ones((37, 41))}  # no other test has this shape
 
     def step(**settings):
         optimizer = adam_jax.adamw(**settings)
@@ -58,7 +58,7 @@ def update(optimizer, gradients, params=PARAMS) -> Any:
 
 
 @pytest.mark.parametrize("as_function", [False, True])
-def test_the_mask_says_which_leaves_decay(as_function):
+def test_the_mask_selects_the_leaves_that_decay(as_function):
     mask = {"dense": {"kernel": True, "bias": False}}
     given = (lambda _: mask) if as_function else mask
     updates, state = update(adam_jax.adamw(0.1, weight_decay=0.5, mask=given), PARAMS)
@@ -80,7 +80,7 @@ class CallableInFlax(flax.struct.PyTreeNode):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class CallableDataclass:
-    """What a module of Equinox is."""
+    """Resembles a module of Equinox."""
 
     w: Any
 
@@ -89,7 +89,7 @@ class CallableDataclass:
 
 
 @pytest.mark.parametrize("module", [CallableInFlax, CallableDataclass])
-def test_a_tree_that_can_be_called_is_a_tree(module):
+def test_a_callable_tree_is_treated_as_a_tree(module):
     params, frozen = module(jnp.ones(3)), module(jnp.zeros(3))
     for mask in (module(True), lambda _: module(True), functools.partial(lambda _: module(True))):
         optimizer = adam_jax.adamw(0.1, weight_decay=0.5, mask=mask)
@@ -106,7 +106,7 @@ def test_a_tree_that_can_be_called_is_a_tree(module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Closure:
-    """A function as Optimistix makes it: what it has enclosed are leaves."""
+    """A function as Optimistix makes it: the values it encloses are leaves."""
 
     function: Any
     contents: Any
@@ -115,7 +115,7 @@ class Closure:
         return self.function(argument, *self.contents)
 
 
-def test_a_container_that_is_a_function():
+def test_a_function_with_leaves_is_treated_as_a_function():
     params = {"a": jnp.ones(3)}
     half = Closure(lambda count, rate: rate / 2, (0.2,))
     for optimizer in (adam_jax.adam(half), adam_jax.adam({"a": half})):
@@ -126,8 +126,8 @@ def test_a_container_that_is_a_function():
     np.testing.assert_allclose(update(optimizer, zeros, params)[0]["a"], -0.1, rtol=1e-6)
 
 
-def test_a_tree_of_weight_decays():
-    """With schedules in it, under a mask, and a prefix of the parameters."""
+def test_weight_decay_may_be_a_tree():
+    """The tree may contain schedules, be masked, and be a prefix of the parameters."""
     decay = {"dense": {"kernel": optax.linear_schedule(0.1, 0.2, 1), "bias": 0.2}, "head": 0.4}
     params = {**PARAMS, "head": [jnp.ones(3), jnp.ones(3)]}
     mask = {"dense": True, "head": [True, False]}
@@ -142,8 +142,8 @@ def test_a_tree_of_weight_decays():
         update(adam_jax.adamw(0.1, weight_decay={"conv": 0.1}), PARAMS)
 
 
-def test_a_tree_of_rates_in_another_container():
-    """As for the State in which Flax NNX has parameters."""
+def test_a_tree_of_rates_in_another_container_is_refused():
+    """Flax NNX keeps parameters in such a container, a State."""
     rates = {"dense": 0.1}
     params = nnx.State(PARAMS)
     with pytest.raises(ValueError, match="in a State, but learning_rate is in a dict: use a State"):
@@ -151,7 +151,7 @@ def test_a_tree_of_rates_in_another_container():
     update(adam_jax.adam(nnx.State(rates)), params, params)
 
 
-def test_a_weight_decay_schedule():
+def test_weight_decay_may_follow_a_schedule():
     schedule = lambda count: 0.5 * jnp.asarray(count, float)  # noqa: E731
     optimizer = untyped(adam_jax.adamw(0.1, weight_decay=schedule))
     state = optimizer.init(PARAMS)
@@ -161,8 +161,8 @@ def test_a_weight_decay_schedule():
     np.testing.assert_allclose(difference, -0.1 * 0.5, rtol=1e-5)
 
 
-def test_a_frozen_parameter_under_a_mask_that_is_a_function():
-    """The mask of a parameter that is None is None."""
+def test_a_mask_function_leaves_frozen_parameters_alone():
+    """For a parameter that is None, the mask is None."""
     params = {"a": jnp.ones(3), "frozen": None}
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 0, params)  # noqa: E731
     optimizer = untyped(adam_jax.adamw(0.1, mask=mask))
@@ -171,12 +171,12 @@ def test_a_frozen_parameter_under_a_mask_that_is_a_function():
     assert jnp.all(updates["a"] < 0)
 
 
-def test_learning_rates_that_do_not_fit():
+def test_learning_rates_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="learning_rate must be one value or a tree prefix"):
         update(adam_jax.adam({"conv": 0.1}), PARAMS)
 
 
-def test_a_leaf_without_a_learning_rate():
+def test_a_leaf_without_a_learning_rate_is_refused():
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     optimizer = adam_jax.adam({"a": 0.1, "b": None})
     with pytest.raises(ValueError, match=r"learning_rate is None at \['b'\]"):
