@@ -1,4 +1,4 @@
-"""Steps on gradients that are not finite touch nothing, inside `optax.apply_if_finite`."""
+"""Inside `optax.apply_if_finite`, steps on gradients that are not finite change nothing."""
 
 import chex
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ def tree_of(dtype, seed):
 
 
 def bad_gradients(dtype):
-    """One infinity, and then one NaN."""
+    """Yields gradients with one infinity, and then with one NaN."""
     good = tree_of(dtype, 1)
     yield good | {"kernel": good["kernel"].at[3, 4].set(jnp.inf)}
     yield good | {"bias": good["bias"].at[5].set(jnp.nan)}
 
 
 def begin(optimizer, dtype, gradient_dtype):
-    """Two good steps. Returns the function that makes them, the parameters and the state."""
+    """Makes two good steps. Returns the step function, the parameters and the state."""
     step = step_of(optimizer)
     params = tree_of(dtype, 0)
     state = optimizer.init(params)
@@ -38,7 +38,7 @@ def begin(optimizer, dtype, gradient_dtype):
 
 
 def assert_bad_steps_do_nothing(optimizer, dtype):
-    """Gradients are float32. The step after them is bit-identical to that of a run without them."""
+    """Asserts that the step after bad float32 gradients is bit-identical to one without them."""
     step, params, state = begin(optimizer, dtype, "float32")
     after, after_state = params, state
     for i, bad in enumerate(bad_gradients("float32"), start=1):
@@ -55,15 +55,15 @@ def assert_bad_steps_do_nothing(optimizer, dtype):
 
 
 @each_row
-def test_apply_if_finite_around_every_optimizer(row):
+def test_apply_if_finite_works_around_every_optimizer(row):
     assert_bad_steps_do_nothing(optax.apply_if_finite(row.make(), 3), "float32")
 
 
 @pytest.mark.covering
 @each_remainder
 @each_dtype
-def test_apply_if_finite_around_master_weights(remainder, dtype):
-    """It needs updates of the gradients' dtype: float32, as what unscales them returns them."""
+def test_apply_if_finite_works_around_master_weights(remainder, dtype):
+    """It needs updates in the gradients' dtype, float32, which unscaling the loss returns."""
     optimizer = optax.apply_if_finite(master_weights(adam_jax.adamw(1e-2), remainder), 3)
     assert_bad_steps_do_nothing(optimizer, dtype)
 
@@ -71,8 +71,8 @@ def test_apply_if_finite_around_master_weights(remainder, dtype):
 @pytest.mark.covering
 @each_remainder
 @each_dtype
-def test_apply_if_finite_in_master_weights(remainder, dtype):
-    """Gradients may have 16 bits here. Nothing goes on but the count of draws of random bits."""
+def test_apply_if_finite_works_inside_master_weights(remainder, dtype):
+    """Gradients may have 16 bits here. Only the count of draws of random bits increases."""
     optimizer = master_weights(optax.apply_if_finite(adam_jax.adamw(1e-2), 3), remainder)
     step, params, state = begin(optimizer, dtype, dtype)
     after, after_state = params, state

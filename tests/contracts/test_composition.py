@@ -1,4 +1,4 @@
-"""Inside and around optax's wrappers and chains; what is not finite."""
+"""Optimizers inside and around optax's wrappers and chains, and gradients that are not finite."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int
 
 
 @each_row
-def test_masked(row):
+def test_masked_leaves_pass_through(row):
     params = {"trained": random((3, 4), "float32", 0), "frozen": random((5,), "float32", 1)}
     gradients = gradients_of(params)
     optimizer = untyped(optax.masked(row.make(), {"trained": True, "frozen": False}))
@@ -34,8 +34,8 @@ def test_masked(row):
 
 @each(STORED_ROWS)
 @pytest.mark.usefixtures("standard_promotion")
-def test_parts_that_do_not_train(row):
-    """As docs/settings.md freezes them: nothing moves them, and they take no memory."""
+def test_frozen_parts_do_not_move(row):
+    """Parts frozen as in docs/settings.md do not move and take no memory."""
     params = {"w": random((3, 4), row.param_dtype, 0), "frozen": random((5,), row.param_dtype, 1)}
     gradients = gradients_of(params)
     transforms: Any = {"train": row.make(), "freeze": optax.set_to_zero()}
@@ -54,7 +54,7 @@ def test_parts_that_do_not_train(row):
 
 @each_remainder
 @pytest.mark.usefixtures("standard_promotion")
-def test_parts_that_do_not_train_inside_master_weights(remainder):
+def test_frozen_parts_do_not_move_inside_master_weights(remainder):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params_of())
     gradients = gradients_of(params)
     labels = jax.tree.map(lambda _: "freeze", params) | {"kernel": "train"}
@@ -70,7 +70,7 @@ def test_parts_that_do_not_train_inside_master_weights(remainder):
 
 
 @each_row
-def test_multi_transform(row):
+def test_multi_transform_steps_each_group_by_itself(row):
     params = {"a": random((3, 4), "float32", 0), "b": random((5,), "float32", 1)}
     gradients = gradients_of(params, 3)
     optimizer = optax.multi_transform(
@@ -84,7 +84,7 @@ def test_multi_transform(row):
 
 @each_row
 @pytest.mark.usefixtures("standard_promotion")
-def test_multi_steps(row):
+def test_multi_steps_step_on_the_mean(row):
     params = few_params_of()
     gradients = gradients_of(params, 6)
     every_second = optax.MultiSteps(row.make(), every_k_schedule=2).gradient_transformation()
@@ -99,7 +99,7 @@ def test_multi_steps(row):
 @each_row
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_apply_if_finite(row, bad):
+def test_apply_if_finite_skips_bad_steps(row, bad):
     params = few_params_of()
     gradients = gradients_of(params, 4)
     poisoned = gradients | {"kernel": gradients["kernel"].at[2, 0, 0].set(bad)}
@@ -112,17 +112,17 @@ def test_apply_if_finite(row, bad):
 
 
 @each_row
-def test_flatten(row):
+def test_flatten_gives_the_same_updates(row):
     params = {"a": random((3, 4), "float32", 0), "b": random((5,), "float32", 1)}
     gradients = gradients_of(params, 3)
     updates, _ = run(optax.flatten(row.make()), params, gradients)
     desired, _ = run_eagerly(row.make(), params, gradients)
-    # Flattened, a leaf's elements have other coordinates, and round with other random numbers.
+    # In a flat array, elements have other coordinates, and so other random bits for rounding.
     assert_close(updates, desired, max(2e-6, row.storage_error))
 
 
 @each_row
-def test_chain_with_clipping(row):
+def test_a_chain_clips_before_the_step(row):
     params = few_params_of()
     gradients = gradients_of(params, 3)
     updates, _ = run_eagerly(optax.chain(optax.clip(0.1), row.make()), params, gradients)

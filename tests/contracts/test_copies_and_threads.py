@@ -1,4 +1,4 @@
-"""Copies of optimizers and states, in this process and another, and steps in many threads."""
+"""Copies of optimizers and states, in this process and others, and steps in many threads."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ each_optimizer = each([*ROWS, SEVEN_BYTES])
 
 
 def run(update, params, state, seed, steps=5) -> tuple[Any, Any]:
-    # What adds float32 to bfloat16 is JAX's standard promotion, which is a thread's own setting.
+    # JAX's standard promotion adds float32 to bfloat16. Each thread has its own setting.
     with jax.numpy_dtype_promotion("standard"):
         for step in range(steps):
             updates, state = update(random_tree(SHAPES, seed=[seed, step]), state, params)
@@ -39,7 +39,7 @@ def start(optimizer, dtype, seed=0):
 
 
 def at_once(functions):
-    """The results of functions that threads begin to run at the same time."""
+    """Runs each function in a thread, all starting at the same time, and returns the results."""
     barrier = threading.Barrier(len(functions))
 
     def wait_and_run(function):
@@ -56,8 +56,8 @@ def at_once(functions):
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("same", [False, True], ids=["different", "the same"])
-def test_threads_step_optimizers(jit, same):
-    """Eight of them; nothing is compiled yet, so that all trace and compile at once."""
+def test_threads_give_the_same_results(jit, same):
+    """Eight threads start with nothing compiled, so all trace and compile at once."""
     rows = [SEVEN_BYTES] * 8 if same else [*ROWS[-7:], SEVEN_BYTES]
     chosen = [(row.make(), row.param_dtype) for row in rows]
     updates = [jax.jit(optimizer.update) if jit else optimizer.update for optimizer, _ in chosen]
@@ -85,7 +85,7 @@ def test_threads_step_optimizers(jit, same):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_of_a_state_steps_on_alike(row, copied):
+def test_a_copied_state_makes_the_same_steps(row, copied):
     optimizer, dtype = row.make(), row.param_dtype
     params, state = run(optimizer.update, *start(optimizer, dtype), 0, steps=2)
     again = copied(state)
@@ -99,11 +99,11 @@ def test_a_copy_of_a_state_steps_on_alike(row, copied):
 
 
 @each_optimizer
-def test_a_copy_of_an_optimizer_steps_alike(row):
+def test_a_copied_optimizer_makes_the_same_steps(row):
     optimizer, dtype = row.make(), row.param_dtype
-    assert copy.deepcopy(optimizer) == optimizer  # as functions are, of which it consists
+    assert copy.deepcopy(optimizer) == optimizer  # its functions are copied by reference
     pickled = cloudpickle.dumps(optimizer)
-    assert b"ArrayMeta" not in pickled  # no copy of the class jax.Array, of its annotations
+    assert b"ArrayMeta" not in pickled  # annotations must not bring a copy of the class jax.Array
     copied = cloudpickle.loads(pickled)
     assert copied != optimizer
     chex.assert_trees_all_equal(
@@ -112,7 +112,7 @@ def test_a_copy_of_an_optimizer_steps_alike(row):
     )
 
 
-def test_pickle_refuses_optimizers_of_optax_too():
+def test_pickle_refuses_our_optimizers_as_it_does_optax_s():
     for optimizer in (adam_jax.adam(1e-3), optax.adam(1e-3)):
         with pytest.raises((AttributeError, pickle.PicklingError), match="local object"):
             pickle.dumps(optimizer)

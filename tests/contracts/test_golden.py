@@ -1,4 +1,4 @@
-"""Whole trajectories against those of torch and Keras, which golden/make_golden.py recorded."""
+"""Compares whole trajectories with torch and Keras, as golden/make_golden.py recorded them."""
 
 import json
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from jax import experimental
 
 import adam_jax
 
-# JAX 0.7 has it under `experimental`, later versions at the top.
+# JAX 0.7 has this under `experimental`, later versions at the top.
 enable_x64 = (jax if hasattr(jax, "enable_x64") else experimental).enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 # The largest deviation, in units of the largest magnitude that the coordinate reaches.
 #
-# float64: the peers subtract b2^t from 1, which leaves them an error of up to 2^-54 / (1 - b2) =
-# 6e-14 in v^ for b2 = 0.999. Ours has no such error.
-# float32: every one of the 50 steps rounds the parameter, by at most half an ulp, 2^-24 of it.
-# These all add up where the gradients repeat themselves. The updates' own errors have to fit in
-# as well; with 1 - b2^t or 1 - b2 computed in float32 they would not.
+# float64: the peers subtract b2^t from 1, with an error of up to 2^-54 / (1 - b2) = 6e-14 in v^
+# for b2 = 0.999. Ours has no such error.
+# float32: each of the 50 steps rounds the parameter by at most half an ulp, 2^-24 of it. The
+# roundings add up where gradients repeat. The tolerance must also cover the updates' own errors;
+# it would not if 1 - b2^t or 1 - b2 were computed in float32.
 TOLERANCE = {"float64": 1e-13, "float32": 50 * 2.0**-24}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 settings = pytest.mark.parametrize("setting", ["default", "other"])
@@ -32,7 +32,7 @@ keras_names = pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad"])
 
 
 def load(file: str, setting: str) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
-    """The contents, with one setting's hyperparameters and its parameters after each step."""
+    """Returns the contents, one setting's hyperparameters and its parameters after each step."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / f"{file}.json").read_text())
     chosen = golden["settings"][setting]
     return golden, chosen["hyperparameters"], np.array(chosen["params"])
@@ -43,7 +43,7 @@ def trajectory(
     golden: dict[str, Any],
     dtype: str,
 ) -> np.ndarray:
-    """The parameters after each step; `optimizer_at` makes the optimizer of step t, from 0."""
+    """Returns the parameters after each step t = 0, 1, ... of `optimizer_at(t)`."""
 
     def step(carry, t_and_gradients):
         params, state = carry
@@ -63,14 +63,14 @@ def trajectory(
 
 
 def deviation(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of each coordinate: one that hardly moves is held to as many digits as the others."""
+    """Returns each coordinate's deviation: one that hardly moves needs as many digits as others."""
     return np.abs(actual - expected).max(axis=0) / np.abs(expected).max(axis=0)
 
 
 @dtypes
 @settings
 @torch_names
-def test_equals_torch(name, setting, dtype):
+def test_trajectories_equal_torch(name, setting, dtype):
     golden, hyperparameters, expected = load(f"torch_{name}", setting)
     optimizer = getattr(adam_jax, name)(**hyperparameters)
     actual = trajectory(lambda t: optimizer, golden, dtype)
@@ -80,8 +80,8 @@ def test_equals_torch(name, setting, dtype):
 @dtypes
 @settings
 @keras_names
-def test_equals_keras_when_eps_follows_eps_hat(name, setting, dtype):
-    # Keras takes the paper's cheaper order (end of section 2), which for s = sqrt(1 - b2^t) is
+def test_trajectories_equal_keras_if_eps_follows_eps_hat(name, setting, dtype):
+    # Keras uses the paper's cheaper order (end of section 2), which for s = sqrt(1 - b2^t) is
     #     alpha s / (1 - b1^t)  m / (sqrt(v) + eps_hat)  =  alpha m^ / (sqrt(v^) + eps_hat / s)
     # so our eps is theirs divided by s, a different number at every step.
     golden, hyperparameters, expected = load(f"keras_{name}", setting)
@@ -97,9 +97,9 @@ def test_equals_keras_when_eps_follows_eps_hat(name, setting, dtype):
 
 @settings
 @keras_names
-def test_differs_from_keras_with_a_fixed_eps(name, setting):
-    # Where eps decides, on small gradients, the same number makes the first steps up to
-    # 1 / sqrt(1 - b2) times as long as Keras': 32 times, with its defaults.
+def test_trajectories_differ_from_keras_with_a_fixed_eps(name, setting):
+    # On small gradients, where eps matters, the same eps makes the first steps up to
+    # 1 / sqrt(1 - b2) times as long as Keras' steps: 32 times with its defaults.
     golden, hyperparameters, expected = load(f"keras_{name}", setting)
     eps = hyperparameters.pop("eps_hat")
     optimizer = getattr(adam_jax, name)(**hyperparameters, eps=eps)
@@ -117,4 +117,4 @@ def test_amsgrad_in_the_other_order_equals_optax(setting, dtype):
     optimizer = adam_jax.amsgrad(**hyperparameters, maximum="corrected")
     actual = trajectory(lambda t: optimizer, golden, dtype)
     np.testing.assert_array_less(deviation(actual, expected), TOLERANCE[dtype])
-    assert deviation(raw, expected).max() > 0.1  # these gradients do tell the orders apart
+    assert deviation(raw, expected).max() > 0.1  # these gradients distinguish the orders

@@ -1,4 +1,4 @@
-"""Hyperparameters as numbers, arrays, tracers, schedules and trees; derivatives by them."""
+"""Hyperparameters may be numbers, arrays, tracers, schedules and trees, and have derivatives."""
 
 import chex
 import jax
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int
 
 
 @each_row
-def test_vmap_over_hyperparameters(row):
+def test_vmap_over_hyperparameters_equals_separate_runs(row):
     params = few_params_of()
     gradients = gradients_of(params, 5)
     settings = {
@@ -36,7 +36,7 @@ def test_vmap_over_hyperparameters(row):
     for i in range(3):
         optimizer = row.make(**{k: float(x[i]) for k, x in settings.items()})
         alone, _ = run_eagerly(optimizer, params, gradients)
-        # b2 = 0.999 as a float32 tracer has lost 1e-5 of 1 - b2: half of that is in the update.
+        # b2 = 0.999 as a float32 tracer changes 1 - b2 by 1e-5 of itself, and the update by half.
         tolerance = max(2e-5, row.storage_error)
         assert_close(jax.tree.map(lambda u, i=i: u[i], together), alone, tolerance)
 
@@ -44,10 +44,10 @@ def test_vmap_over_hyperparameters(row):
 @pytest.mark.slow
 @each_row
 @pytest.mark.usefixtures("standard_promotion")
-def test_inject_hyperparams_with_bfloat16_parameters(row):
+def test_inject_hyperparams_works_with_bfloat16_parameters(row):
     params = few_params_of("bfloat16")
     gradients = gradients_of(params, 6)
-    # Rounded to bfloat16, b2 = 0.999 is 1: with that, optax divides 0 by 0.
+    # Rounded to bfloat16, b2 = 0.999 becomes 1, and optax divides 0 by 0.
     rounded = optax.inject_hyperparams(row.factory)(**row.settings)
     exact = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)(**row.settings)
     desired, _ = run_eagerly(row.make(), params, gradients)
@@ -59,7 +59,7 @@ def test_inject_hyperparams_with_bfloat16_parameters(row):
 
 
 @each_row
-def test_integer_decay_rates(row):
+def test_decay_rates_may_be_integers(row):
     gradients = random((2, 3, 5), "float32", 0)
     params = gradients[0]
 
@@ -97,7 +97,7 @@ def test_injected_hyperparameters_can_be_changed_without_compiling_again(row):
 
 
 @each_row
-def test_learning_rate_as_number_schedule_array_tracer_and_tree(row):
+def test_learning_rate_may_be_number_schedule_array_tracer_or_tree(row):
     params = {"a": random((3, 4), "float32", 0), "b": {"c": random((5,), "float32", 1)}}
     gradients = gradients_of(params, 4)
 
@@ -129,8 +129,8 @@ def test_learning_rate_as_number_schedule_array_tracer_and_tree(row):
 @pytest.mark.parametrize(
     "x64", [pytest.param(False, marks=pytest.mark.full), True], indirect=True, ids=["x32", "x64"]
 )
-def test_gradients_through_ten_steps(row, x64):
-    """Derivatives of a run: finite where a gradient is 0, and right where it is not."""
+def test_derivatives_through_ten_steps_are_finite_and_correct(row, x64):
+    """Derivatives of a run are finite where a gradient is 0, and correct elsewhere."""
     dtype = jnp.float64 if x64 else jnp.float32
     g = np.array([0.0, 1.0, -0.3, 0.02])
 
@@ -156,7 +156,7 @@ def test_gradients_through_ten_steps(row, x64):
 @pytest.mark.slow
 @each_row
 @pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
-def test_derivatives_by_hyperparameters(row, x64):
+def test_derivatives_by_hyperparameters_are_correct(row, x64):
     gradients = jnp.asarray(random((10, 4), "float64", 3))
 
     @jax.jit
@@ -175,8 +175,8 @@ def test_derivatives_by_hyperparameters(row, x64):
     assert np.isfinite(jax.grad(final, argnums=(0, 1))(0.0, 0.5)).all()
 
 
-def test_a_mask_that_is_a_function_under_inject_hyperparams():
-    """With `static_args`, without which optax takes it for a schedule."""
+def test_inject_hyperparams_accepts_a_mask_function():
+    """Needs `static_args`: otherwise optax would treat the mask as a schedule."""
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     injected = optax.inject_hyperparams(adam_jax.adamw, static_args="mask")

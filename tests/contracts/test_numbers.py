@@ -23,8 +23,8 @@ each_dtype = pytest.mark.parametrize(
     indirect=["x64"],
 )
 
-# How far an update may be from the reference, relative to the leaf's largest: the rounding of the
-# update to its own dtype (half an ulp: 2^-11, 2^-8), and the arithmetic's (a few ulps).
+# How far an update may be from the reference, relative to the leaf's largest: rounding the update
+# to its own dtype (half an ulp: 2^-11, 2^-8), and rounding in the arithmetic (a few ulps).
 TOLERANCE = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
@@ -36,7 +36,7 @@ TOLERANCE = {
 
 
 def stored_dtypes(row, name, wide):
-    """The dtypes of a moment of `params_of`, some of whose leaves are never worth codes."""
+    """Returns a moment's dtypes for `params_of`, some of whose leaves are too small for codes."""
     real = name in ("nu", "nu_max")
     full = jnp.finfo(wide).dtype if real else wide
     format = {"mu": row.mu_format, "average": None}.get(name, row.nu_format)
@@ -49,7 +49,7 @@ def stored_dtypes(row, name, wide):
 
 
 def refused(row, params):
-    """Whether the row refuses these parameters, as it should: no complex mu but in float32."""
+    """Returns whether the row refuses these parameters: a complex mu must be in float32."""
     if not (jnp.iscomplexobj(params["kernel"]) and row.mu_format in ("bfloat16", "int8")):
         return False
     with pytest.raises(TypeError, match="holds real numbers only"):
@@ -93,21 +93,21 @@ def assert_agrees_with_the_reference(row, dtype, params, gradients, updates):
     if not row.takes("weight_decay"):
         assert_close(updates, desired, tolerance)
     elif dtype not in ("float16", "bfloat16"):
-        # A decaying weight carries its own rounding, an ulp of 1 a step, into the updates.
+        # Weight decay adds the weight's own rounding, an ulp of 1 in each step, to the updates.
         assert_close(updates, desired, 10 * tolerance)
 
 
 @each_row
 @each_dtype
-def test_numbers_shapes_and_dtypes_of_a_run(row, dtype, x64):
-    """All in one test, since what takes long is to compile a run."""
+def test_a_run_has_the_right_numbers_shapes_and_dtypes(row, dtype, x64):
+    """One test checks all three, because compiling a run takes long."""
     params = params_of(dtype)
     if refused(row, params):
         return
     gradients = gradients_of(params, 20)
     optimizer = row.make()
     first = optimizer.init(params)
-    # lax.scan accepts a carry only if a step returns exactly the types that it was given.
+    # lax.scan accepts a carry only if a step returns exactly the types it was given.
     updates, last = run(optimizer, params, gradients)
     chex.assert_trees_all_equal_structs(first, last)
     chex.assert_trees_all_equal_shapes_and_dtypes(first, last)
@@ -149,16 +149,16 @@ def test_jit_equals_eager(row):
     for _ in range(3):
         eager_updates, eager_state = optimizer.update(gradients, state, params)
         jit_updates, state = jitted(gradients, state, params)
-        # A compiler may contract a product and a sum into one rounding, or not.
+        # A compiler may or may not contract a product and a sum into one rounding.
         chex.assert_trees_all_close(eager_updates, jit_updates, rtol=1e-6, atol=1e-9)
         states, units = zip(*map(without_units, (eager_state, state)), strict=True)
         chex.assert_trees_all_close(*states, rtol=1e-6, atol=1e-9)
-        # Their lowest 12 bits are a checksum, in which every ulp of a scale shows.
+        # Their lowest 12 bits are a checksum, which changes with each ulp of a scale.
         chex.assert_trees_all_close(*units, rtol=2**-11)
 
 
 def without_units(state):
-    """A state without the units of int8 moments, and these."""
+    """Returns a state without the units of int8 moments, and these units."""
     is_struct = lambda x: isinstance(x, adam_jax.Int8Moment)  # noqa: E731
     found = [x.units for x in jax.tree.leaves(state, is_leaf=is_struct) if is_struct(x)]
     rest = jax.tree.map(
@@ -168,7 +168,7 @@ def without_units(state):
 
 
 @each_row
-def test_numpy_gradients_and_python_scalars(row):
+def test_numpy_arrays_and_python_scalars_are_accepted(row):
     optimizer = row.make()
     params = {"array": np.array([1.0, 2.0], np.float32), "scalar": 3.0}
     gradients = {"array": np.array([0.5, -0.5], np.float32), "scalar": 0.25}
@@ -180,8 +180,8 @@ def test_numpy_gradients_and_python_scalars(row):
 
 @each_row
 def test_a_nan_gradient_is_not_hidden(row):
-    """Only the coordinate that it belongs to suffers (in int8 its row), and there it shows."""
-    # Long rows, because XLA for CPU finds the maximum of those with vectors, and loses NaN.
+    """NaN reaches the update of its own coordinate (in int8 of its row) and no other."""
+    # Rows are long, because XLA for CPU takes their maximum with vectors and may lose NaN.
     gradient = jnp.ones((3, 64)).at[1, 40].set(jnp.nan)
     params = {"w": jnp.ones((3, 64))}
     gradients = {"w": jnp.stack([gradient, jnp.ones((3, 64)), gradient])}
@@ -206,7 +206,7 @@ def test_a_none_gradient_freezes_its_parameter(row):
     assert updates["kernel"] is None
     chex.assert_trees_all_equal(updates["stack"], whole["stack"])
     for name, moment in moments_of(after).items():
-        if name != "average":  # a frozen parameter goes on being averaged
+        if name != "average":  # a frozen parameter is still averaged
             chex.assert_trees_all_equal(moment["kernel"], moments_of(state)[name]["kernel"])
     chex.assert_trees_all_equal_structs(state, after)
 
@@ -222,7 +222,7 @@ def test_zero_gradients_make_no_step(row):
 
 @each_row
 def test_without_eps_zero_and_tiny_gradients_give_finite_steps_and_derivatives(row):
-    """The square of 1e-30 is 0 in float32: a denominator of 0 under a numerator that is not."""
+    """The square of 1e-30 is 0 in float32: the denominator is 0, but the numerator is not."""
     gradients = jnp.asarray([0.0, 1e-38, 1e-30, -1e-20, 1e-15])
 
     def last(gradients):
@@ -235,5 +235,5 @@ def test_without_eps_zero_and_tiny_gradients_give_finite_steps_and_derivatives(r
     )  # Nesterov looks ahead
     assert updates[0] == 0
     assert jnp.all(jnp.abs(updates) <= longest)
-    moderate = gradients[jnp.array([0, 0, 0, 4, 4])]  # of 1 / 1e-30 the square is infinite
+    moderate = gradients[jnp.array([0, 0, 0, 4, 4])]  # the square of 1 / 1e-30 is infinite
     assert jnp.isfinite(jax.jacrev(last)(moderate)).all()

@@ -16,13 +16,13 @@ import adam_jax
 
 pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
 
-# Where an element rounds stochastically, its place decides which random bits it gets.
+# With stochastic rounding, an element's place determines its random bits.
 each_exact_row = each([row for row in ROWS if not row.stochastic])
 some_examples = settings(max_examples=25, deadline=None, derandomize=True)
 STEPS, WIDTH = 12, 4
 
-# Largest finite values, smallest normal ones and zeros are among them; subnormal numbers are not,
-# since whether they exist is a setting of the processor that JAX changes.
+# These include the largest finite values, the smallest normal ones and zeros. They exclude
+# subnormal numbers: JAX changes the processor's setting for those.
 any_gradients = hnp.arrays(
     np.float32,
     (STEPS, WIDTH),
@@ -37,7 +37,7 @@ decays = st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.99, 0.999])
 
 @functools.cache
 def compiled(name):
-    """A run of a row's optimizer on a sequence of gradients, its hyperparameters as arguments."""
+    """Returns a jitted run of a row's optimizer, given gradients and hyperparameters."""
     row = next(row for row in ROWS if row.name == name)
 
     @jax.jit
@@ -68,7 +68,7 @@ def test_finite_gradients_make_finite_steps_and_states(row, gradients, b1, b2):
 @each_row
 @given(moderate_gradients, st.integers(-20, 20), decays)
 @some_examples
-def test_rescaling_by_a_power_of_two(row, gradients, exponent, b1):
+def test_rescaling_by_a_power_of_two_changes_nothing(row, gradients, exponent, b1):
     run = functools.partial(compiled(row.name), hyperparameters={"b1": b1, "eps": 0.0})
     updates, _ = run(gradients)
     rescaled, _ = run(gradients * np.float32(2.0**exponent))
@@ -78,7 +78,7 @@ def test_rescaling_by_a_power_of_two(row, gradients, exponent, b1):
 @each_exact_row
 @given(moderate_gradients, st.permutations(range(WIDTH)))
 @some_examples
-def test_coordinates_do_not_see_each_other(row, gradients, order):
+def test_coordinates_do_not_affect_each_other(row, gradients, order):
     updates, _ = compiled(row.name)(gradients, {})
     permuted, _ = compiled(row.name)(gradients[:, order], {})
     np.testing.assert_array_equal(updates[:, order], permuted)
@@ -87,7 +87,7 @@ def test_coordinates_do_not_see_each_other(row, gradients, order):
 @each_exact_row
 @given(hnp.arrays(np.float32, (STEPS, 3, WIDTH), elements=st.floats(-9, 9, width=32)))
 @some_examples
-def test_leaves_do_not_see_each_other(row, gradients):
+def test_leaves_do_not_affect_each_other(row, gradients):
     a, b, c = (gradients[:, i] for i in range(3))
     one, _ = compiled(row.name)({"a": a, "b": b, "c": c}, {})
     other, _ = compiled(row.name)({"x": c, "y": {"z": a}, "b": b}, {})
@@ -98,8 +98,8 @@ def test_leaves_do_not_see_each_other(row, gradients):
 
 @given(any_gradients, decays, decays)
 @some_examples
-def test_the_bound_on_a_step(gradients, b1, b2):
-    """Cauchy-Schwarz on the two sums; eps keeps gradients out whose squares underflow."""
+def test_no_step_exceeds_its_bound(gradients, b1, b2):
+    """Applies Cauchy-Schwarz to the two sums; eps excludes gradients whose squares underflow."""
     hyperparameters = {"b1": b1, "b2": b2, "eps": 1e-8}
     updates, _ = compiled("scale_by_adam")(gradients, hyperparameters)
     t = np.arange(1, STEPS + 1)
@@ -115,9 +115,9 @@ def test_the_bound_on_a_step(gradients, b1, b2):
 
 @given(any_gradients)
 @some_examples
-def test_the_bound_on_a_step_of_adamax(gradients):
+def test_no_step_of_adamax_exceeds_its_bound(gradients):
     updates, _ = compiled("scale_by_adamax")(gradients, {"b1": 0.9, "b2": 0.999})
-    # b1^k / b2^k < 1: by at most b2^-k can an old gradient outweigh the maximum that decays.
+    # b1^k / b2^k < 1: an old gradient outweighs the decaying maximum by at most b2^-k.
     assert np.all(np.abs(updates) <= 0.999 ** -(STEPS - 1) * (1 + 1e-5))
 
 

@@ -1,4 +1,4 @@
-"""The same run has the same bits: repeated, with leaves renamed, moved, added and left out."""
+"""Runs give the same bits if repeated, and with leaves renamed, moved, added or removed."""
 
 import functools
 
@@ -9,8 +9,8 @@ import pytest
 from optimizers import EXACT, LAYOUT_ROWS, STORED_ROWS, each_layout
 from trees import short_tree, step_of
 
-# Two of the leaves are large enough for int8, and of one shape: nothing but their place tells
-# them apart.
+# Two leaves are large enough for int8 and have the same shape: only their places distinguish
+# them.
 SHAPES = [(40, 128), (128,), (40, 128), ()]
 
 # optax.apply_updates adds float32 updates to 16-bit parameters.
@@ -22,8 +22,8 @@ def leaves_of(seed, dtype):
 
 
 def three_steps(row, arrange=lambda leaves: leaves):
-    """Parameters and state after a run on leaves that are arranged as a tree."""
-    optimizer, dtype = row.make(**row.settings), row.param_dtype  # another one each time
+    """Returns parameters and state after a run on leaves that are arranged as a tree."""
+    optimizer, dtype = row.make(**row.settings), row.param_dtype  # a new optimizer each time
     params = arrange(leaves_of(0, dtype))
     state = optimizer.init(params)
     step = step_of(optimizer)
@@ -38,7 +38,7 @@ def as_a_list(row):
 
 
 def places(tree, order):
-    """Of each list in the tree, which stands for the parameters' leaves, those at some places."""
+    """Selects places from each list in the tree, which holds the parameters' leaves."""
 
     def is_list(x):
         return isinstance(x, list)
@@ -47,7 +47,7 @@ def places(tree, order):
 
 
 def differing(tree, desired):
-    """The numbers of the leaves that are not the same to the bit."""
+    """Returns the numbers of the leaves that are not bit-identical."""
 
     def bits(tree):
         return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
@@ -57,8 +57,8 @@ def differing(tree, desired):
 
 
 @pytest.mark.slow
-def test_runs_repeated(pytestconfig):
-    """With other optimizers of the same settings, traced and compiled anew."""
+def test_repeated_runs_give_the_same_bits(pytestconfig):
+    """New optimizers with the same settings are traced and compiled again."""
     rows = STORED_ROWS if pytestconfig.getoption("full") else LAYOUT_ROWS
     first = list(map(as_a_list, rows))
     jax.clear_caches()
@@ -67,17 +67,17 @@ def test_runs_repeated(pytestconfig):
 
 
 @each_layout
-def test_jit_and_eager_where_products_are_exact(row):
-    """So contraction is all that tells them apart.
+def test_jit_and_eager_agree_where_products_are_exact(row):
+    """Only contraction distinguishes them elsewhere.
 
-    (`average_params` has a decay that is no power of two; but that product and sum are compiled by
-    themselves, in both.)
+    (The decay of `average_params` is no power of two, but both compile its product and sum
+    separately.)
     """
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     jitted = jax.jit(optimizer.update)
     params, gradients = (leaves_of(seed, dtype) for seed in (0, 1))
     state = optimizer.init(params)
-    # Nesterov adds products with bias corrections. After 25 steps these are 1, to the last bit.
+    # Nesterov adds products with bias corrections. After 25 steps these are exactly 1.
     for i in range(32):
         scaled = [g * (-2.0) ** (i % 3) for g in gradients]
         updates, new_state = jitted(scaled, state, params)
@@ -95,28 +95,28 @@ RENAMED = {
 @pytest.mark.covering
 @each_layout
 @pytest.mark.parametrize("arrange", RENAMED.values(), ids=RENAMED)
-def test_leaves_under_other_names(row, arrange):
-    """A leaf's place is its number in the tree, in JAX's order, which sorts the keys of dicts."""
+def test_names_of_leaves_change_no_bit(row, arrange):
+    """A leaf's place is its number in the tree. JAX sorts the keys of dicts."""
     assert not differing(three_steps(row, arrange), as_a_list(row))
 
 
 @each_layout
-def test_leaves_in_another_order(row):
-    """Where nothing is rounded at random: which random bits a leaf has, its place says."""
+def test_the_order_of_leaves_changes_only_random_bits(row):
+    """Only stochastic rounding changes results: a leaf's place determines its random bits."""
     order = [2, 3, 1, 0]
     moved = three_steps(row, lambda leaves: [leaves[i] for i in order])
     assert bool(differing(moved, places(as_a_list(row), order))) == row.stochastic
 
 
 @each_layout
-def test_a_leaf_more(row):
-    """At the end, where it moves no other."""
+def test_an_added_leaf_changes_no_other(row):
+    """At the end of the tree it moves no other leaf."""
     longer = three_steps(row, lambda leaves: [*leaves, leaves[0]])
     assert not differing(places(longer, range(len(SHAPES))), as_a_list(row))
 
 
 @each_layout
-def test_a_leaf_less(row):
-    """None in its place moves no other."""
+def test_a_removed_leaf_changes_no_other(row):
+    """With None in its place, no other leaf moves."""
     shorter = three_steps(row, lambda leaves: [leaves[0], None, *leaves[2:]])
     assert not differing(shorter, places(as_a_list(row), [0, 2, 3]))

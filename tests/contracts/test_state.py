@@ -1,4 +1,4 @@
-"""The state: optax's own, found by optax's functions, known before any array is made."""
+"""The state is optax's, works with optax's functions, and is known before any array is made."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("small_leaves_in_int8")
 
 
 @each_row_with_peer
-def test_the_state_is_optax_state(row):
+def test_the_state_equals_optax_s(row):
     params = params_of()
     ours, theirs = row.make().init(params), row.make_peer().init(params)
     chex.assert_trees_all_equal_structs(ours, theirs)
@@ -24,7 +24,7 @@ def test_the_state_is_optax_state(row):
 
 @each_row_with_peer
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_run_of_optax_continues_here_and_back(row):
+def test_an_optax_run_continues_here_and_back(row):
     params = {"a": random((3, 4), "float32", 0), "b": random((5,), "float32", 1)}
     gradients = gradients_of(params, 12)
     ours, theirs = row.make(), row.make_peer()
@@ -37,12 +37,12 @@ def test_a_run_of_optax_continues_here_and_back(row):
             p = optax.apply_updates(p, u)
             updates.append(u)
         stacked = jax.tree.map(lambda *u: jnp.stack(u), *updates)
-        # 1e-5 is what optax itself loses in its bias correction, see test_adam.
+        # optax itself loses 1e-5 in its bias correction, see test_adam.
         assert_close(stacked, desired, 3e-5)
 
 
 @each_row
-def test_optax_tree_functions_find_their_way(row):
+def test_optax_tree_functions_work_on_the_state(row):
     params = params_of()
     optimizer = row.make()
     state = optimizer.init(params)
@@ -53,7 +53,7 @@ def test_optax_tree_functions_find_their_way(row):
 
 
 @each_row
-def test_eval_shape(row):
+def test_eval_shape_predicts_the_state(row):
     params = params_of("bfloat16")
     optimizer = row.make()
     chex.assert_trees_all_equal_shapes_and_dtypes(
@@ -62,8 +62,8 @@ def test_eval_shape(row):
 
 
 @each_row
-def test_init_of_shapes(row):
-    """No parameter needs to be in memory for a state to be."""
+def test_init_accepts_shapes(row):
+    """A state can be made without a parameter in memory."""
     params = params_of(row.param_dtype)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     optimizer = row.make()
@@ -75,8 +75,8 @@ def test_init_of_shapes(row):
 
 @each_row
 @pytest.mark.parametrize("shape", [(2**31,), (3, 2**32), (2**16, 2**16)])
-def test_leaves_of_more_than_2_to_the_31_elements(row, shape, standard_promotion):
-    """Everything traces: sizes are no int32."""
+def test_leaves_may_have_more_than_2_to_the_31_elements(row, shape, standard_promotion):
+    """All functions trace, because no size is an int32."""
     params = {"w": jax.ShapeDtypeStruct(shape, row.param_dtype)}
     optimizer = row.make()
 
@@ -97,7 +97,7 @@ def test_leaves_of_more_than_2_to_the_31_elements(row, shape, standard_promotion
 
 
 @pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
-def test_init_of_shapes_under_master_weights(remainder):
+def test_init_of_master_weights_accepts_shapes(remainder):
     params = params_of("bfloat16") | {"wide": jnp.ones((64, 64))}
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     inner = adam_jax.adam(0.1, mu_dtype="int8", nu_dtype="int8")
@@ -108,7 +108,7 @@ def test_init_of_shapes_under_master_weights(remainder):
 
 
 @pytest.mark.parametrize("remainder", ["none", "int8", "int16", "float32"])
-def test_master_weights_of_more_than_2_to_the_31_elements(remainder):
+def test_master_weights_may_have_more_than_2_to_the_31_elements(remainder):
     shape = (2**16, 2**16)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     optimizer = adam_jax.master_weights(adam_jax.adam(0.1), remainder)

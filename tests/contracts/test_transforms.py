@@ -1,4 +1,4 @@
-"""Inside JAX's transformations: donation, shard_map, cond, checkpoint, export."""
+"""Steps inside JAX's transformations: donation, shard_map, cond, checkpoint, export."""
 
 import functools
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.covering, pytest.mark.usefixtures("small_leaves_in_int
 
 
 @each_row
-def test_donated_step(row):
+def test_a_donated_step_reuses_its_buffers(row):
     params = few_params_of()
     gradients = gradients_of(params)
     optimizer = row.make()
@@ -36,12 +36,12 @@ def test_donated_step(row):
     assert kernel.is_deleted()
     assert mu.is_deleted()
     expected = jax.tree.map(lambda p, u: p + u[0], before, desired)
-    # Relative to the leaf, since a step may cancel a parameter.
+    # Relative to the leaf, because a step may cancel a parameter.
     assert_close(params, expected, 1e-6)
 
 
 @each_row
-def test_shard_map(row):
+def test_shard_map_gives_the_same_step(row):
     params = few_params_of()
     gradients = gradients_of(params)
     optimizer = row.make()
@@ -58,14 +58,14 @@ def test_shard_map(row):
 
 
 @each_row
-def test_inside_cond_and_checkpoint(row):
+def test_steps_work_inside_cond_and_checkpoint(row):
     params = few_params_of()
     gradients = gradients_of(params)
     optimizer = row.make()
     state = optimizer.init(params)
     desired = optimizer.update(gradients, state, params)
 
-    # As arguments: of constants XLA makes the first codes itself, and adds what is constant first.
+    # These are arguments: XLA would encode constants itself, and add constants first.
     @jax.jit
     def maybe(yes, *args):
         def unchanged(gradients, state, params):
@@ -80,10 +80,10 @@ def test_inside_cond_and_checkpoint(row):
 
 @pytest.mark.usefixtures("standard_promotion")
 @each_row
-def test_export(row):
-    """A step serialized, for platforms that need not be here, and run again.
+def test_an_exported_step_runs_again(row):
+    """A step is exported for several platforms, serialized, and run again.
 
-    As a function of leaves: JAX serializes trees only of types that are registered for it, and
+    It is a function of leaves, because JAX serializes only trees of registered types, which
     optax's states are not.
     """
     optimizer = row.make()
