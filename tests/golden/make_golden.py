@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["keras>=3.15", "numpy>=2.0", "torch>=2.13"]
 # ///
-"""Records what torch's and Keras' optimizers do: tests/contracts/test_golden.py compares with it.
+"""Records runs of torch's and Keras' optimizers, for tests/contracts/test_golden.py.
 
     uv run --script tests/golden/make_golden.py
 
-writes one JSON file per optimizer beside this script. A file holds the peer and its version, the
+writes one JSON file per optimizer next to this script. A file has the peer and its version, the
 initial parameters, the gradients of every step and, for each setting, the hyperparameters (read
 back from the peer and under our names) and the parameters after every step. All of it is double
 precision, written so that it reads back exactly. The gradients are given rather than computed
@@ -37,14 +37,14 @@ STEPS = 50
 
 
 def noise(prime: int) -> np.ndarray:
-    """Numbers spread over (-1, 1): t sqrt(prime) modulo 1, the same on every machine."""
+    """Returns numbers spread over (-1, 1): t sqrt(prime) modulo 1, the same on every machine."""
     return 2 * (np.arange(1, STEPS + 1) * np.sqrt(prime) % 1) - 1
 
 
 def coordinates() -> dict[str, tuple[float, np.ndarray]]:
-    """Each coordinate's initial parameter and gradients, all of them float32 values.
+    """Returns each coordinate's initial parameter and gradients, all of them float32 values.
 
-    Where a parameter starts at 0, nothing but the updates decides its digits.
+    If a parameter starts at 0, only the updates determine its digits.
     """
     t = np.arange(STEPS)
     rows = {
@@ -63,7 +63,7 @@ def coordinates() -> dict[str, tuple[float, np.ndarray]]:
 def run_torch(
     make: Any, arguments: dict[str, Any], initial: np.ndarray, gradients: np.ndarray
 ) -> tuple[dict[str, float], list[list[float]]]:
-    """The hyperparameters in use, and the parameters after each step."""
+    """Returns the hyperparameters in use, and the parameters after each step."""
     x = torch.nn.Parameter(torch.tensor(initial))
     optimizer = make([x], **arguments)
     params = []
@@ -82,7 +82,7 @@ def run_torch(
 def run_keras(
     make: Any, arguments: dict[str, Any], initial: np.ndarray, gradients: np.ndarray
 ) -> tuple[dict[str, float], list[list[float]]]:
-    """As `run_torch`; the hyperparameter `eps_hat` is Keras' epsilon."""
+    """Does as `run_torch`; the hyperparameter `eps_hat` is Keras' epsilon."""
     with keras.device("cpu"):
         x = keras.Variable(initial)
         optimizer = make(**arguments)
@@ -151,7 +151,7 @@ KERAS = {
 
 def main() -> None:
     """Writes every file."""
-    # Otherwise torch's NAdam keeps a product of its b1 in float32, and Keras everything.
+    # Otherwise torch's NAdam keeps the product of its b1 in float32, and Keras keeps everything so.
     torch.set_default_dtype(torch.float64)
     keras.config.set_floatx("float64")
 

