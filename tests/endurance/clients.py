@@ -1,13 +1,14 @@
-"""Other packages' own tests, run with optax's Adam and again with ours in its place.
+"""Runs other packages' own tests with optax's Adam, and again with ours in its place.
 
     uv run --group clients tests/endurance/clients.py
     uv run --group clients tests/endurance/clients.py numpyro blackjax
 
-pip downloads the sources of each package in the version that is installed. Its tests run as they
-are; pytest loads this file as a plugin, which puts our functions wherever optax has its own. Under
-`jit` an update counts once for each trace.
+pip downloads the sources of each package in the installed version. Its tests run unchanged; pytest
+loads this file as a plugin, which puts our functions wherever optax has its own. Under `jit` an
+update counts once for each trace.
 
-Of what passes with optax's and fails with ours, DIFFERENCES says why. Anything else is an error.
+DIFFERENCES gives the reason for each test that passes with optax's and fails with ours. Any other
+difference is an error.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import pytest
 import adam_jax
 from adam_jax import _transformation
 
-# The files that step Adam, and which of their tests: the others step something else, for minutes.
+# The files and tests that step Adam. Other tests step something else, for minutes.
 TESTS = {
     "blackjax": (
         "tests/adaptation/test_adaptation.py tests/vi/test_fullrank_vi.py "
@@ -104,11 +105,11 @@ def pytest_runtest_call(item):
 
 class Outcome(NamedTuple):
     passed: bool
-    updates: int  # by ours
+    updates: int  # by our functions
 
 
 def download(package, version, directory):
-    """The directory with the package's sources."""
+    """Downloads the package's sources and returns their directory."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-binary", package, "--dest", directory, f"{package}=={version}"]
     subprocess.run(command, check=True)
@@ -119,7 +120,7 @@ def download(package, version, directory):
 
 
 def outcomes(sources, files, keywords, *options):
-    """The outcome of each test that was not skipped, by its name."""
+    """Returns the outcome of each test that was not skipped, by its name."""
     report = sources / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "clients", "-p", "no:cacheprovider"]
     command += ["-W", "ignore", f"--junitxml={report}", "-k", keywords, *options, *files.split()]

@@ -1,18 +1,18 @@
-"""A fuzzer: random trees, shapes, dtypes, optimizers, formats, wrappers and values of every class.
+"""Fuzzes random trees, shapes, dtypes, optimizers, formats, wrappers and values of all classes.
 
     uv run tests/endurance/fuzz.py --updates 100000 --seed 0
 
-What takes long is to compile, so a case is one structure, and many steps on it. It is drawn from
-the seed and its number, and nothing else. Every output of every step is checked:
+Compiling takes long, so a case is one structure with many steps. Only the seed and its number
+determine a case. Every output of every step is checked:
 
-- finite gradients: no NaN or infinity in updates and state; nu never negative; codes within their
-  range, and so nu within its row's scale; an update is what the paper makes of the stored moments;
-- counts go up by one; trees, shapes and dtypes are those that are documented, and stay;
-- a NaN or an infinity, of any pattern: no exception, and nothing but its coordinate (in int8 its
-  row) differs from a run without it; `optax.apply_if_finite` keeps it out;
+- finite gradients: no NaN or infinity in updates and state; nu is never negative; codes are within
+  their range, and so nu within its row's scale; updates follow the paper from the stored moments;
+- counts go up by one; trees, shapes and dtypes are as documented, and stay the same;
+- a NaN or an infinity, of any bit pattern: no exception, and only its coordinate (in int8 its row)
+  differs from a run without it; `optax.apply_if_finite` keeps it out;
 - a wrong input: ValueError or TypeError, with the path of the leaf.
 
-Printed is how many of what was tried. A failure is printed with the case, which `--case` repeats.
+The script counts what it tried. With a failure it prints the case, which `--case` repeats.
 """
 
 import argparse
@@ -62,7 +62,7 @@ WRAPPERS = [
     "float32 remainder",
 ]
 EACH_LEAF_ALONE = {"none", "average_params", "masked", "multi_transform"}
-OURS = {"none", "average_params"}  # and remainders: what errors are documented for
+OURS = {"none", "average_params"}  # and remainders: their errors are documented
 
 
 class Layer(NamedTuple):
@@ -72,7 +72,7 @@ class Layer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A parameter, and the dtype of its gradient; None is a gradient None."""
+    """A parameter, and the dtype of its gradient, or None for a gradient that is None."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -95,7 +95,7 @@ class Case:
     wrapper: str = "none"
     settings: dict[str, float] = dataclasses.field(default_factory=dict)
     rates: str = "number"  # or "schedule" or "tree"
-    masked: bool = False  # whether every second leaf does not decay
+    masked: bool = False  # whether only every second leaf decays
     mode: str = "scan"  # one program for all steps; or "jit", one for each; or "eager"
     x64: bool = False
     steps: int = 8  # in a chunk
@@ -111,17 +111,17 @@ class Case:
 
     @property
     def wild(self):
-        """Whether hyperparameters and parameters may be such that an update overflows its dtype."""
+        """Whether hyperparameters and parameters may make an update overflow its dtype."""
         return self.wrapper == "none" and self.row != "average_params"
 
 
-# Cases that once failed, and corners that are seldom drawn. They are always run.
+# Cases that once failed, and corners that are seldom drawn. These always run.
 REGRESSIONS = [
     Case("adamw", {}),
     Case("adamw", [None, {"a": (), "b": None}], mode="eager"),
     Case("adam", Leaf((), gradient=None)),
     Case("adam", [Leaf((0, 5)), Leaf((3, 0))], ("int8", "int8")),
-    # float64 gradients whose squares are finite there, but not in the float32 that keeps them.
+    # float64 gradients whose squares are finite, but not in the float32 that stores them.
     Case("adam", Leaf((7,), "float32", "float64"), x64=True),
     Case("nadam", Leaf((7,), "float64", "float64"), ("bfloat16", "float32"), x64=True),
     Case("adam", Leaf((64, 64), "float64", "float64"), ("int8", "int8"), x64=True),
@@ -135,7 +135,7 @@ REGRESSIONS = [
     Case("adamw", Leaf((5,), "float16", "float16"), wrapper="float32 remainder"),
     # The magnitude of a finite complex number may be infinite.
     Case("adam", Leaf((64, 64), "complex64", "complex64"), (None, "int8")),
-    # No leaf that tells how moments are stored.
+    # No leaf shows how moments are stored.
     Case("adam-bfloat16", {}, ("bfloat16", "bfloat16")),
 ]
 
@@ -151,13 +151,13 @@ def draw_case(seed, number, steps):
     formats = draw_formats(rng, row)
     real = REAL + ["float64"] * x64
     complexes = ["complex64", "complex128"][: 1 + x64]
-    if wrapper == "inject_hyperparams":  # hyperparameters get the parameters' one dtype
+    if wrapper == "inject_hyperparams":  # hyperparameters get the one dtype of the parameters
         real, complexes = [str(rng.choice(real))], []
     if formats[0] in ("bfloat16", "int8") or wrapper == "clip_by_global_norm":
         complexes = []
     frozen = wrapper in OURS or "remainder" in wrapper
     modes = ["scan", "scan", "jit", "eager"]
-    if wrapper == "apply_if_finite":  # whose condition is compiled anew at each eager step
+    if wrapper == "apply_if_finite":  # each eager step compiles its condition again
         modes.remove("eager")
     case = Case(
         row.name,
@@ -176,7 +176,7 @@ def draw_case(seed, number, steps):
 
 
 def draw_formats(rng, row):
-    """Those of the row, or others that its optimizer takes."""
+    """Returns the row's formats, or others that its optimizer accepts."""
     if not row.takes("mu_dtype") or rng.random() < 0.7:
         return row.mu_format, row.nu_format
     mu = [None, "bfloat16"] + ["int8"] * ("adamax" not in row.name)
@@ -185,7 +185,7 @@ def draw_formats(rng, row):
 
 
 def draw_tree(rng, draw_leaf):
-    """A tree of one to five leaves in containers of every kind, now and then of none."""
+    """Returns a tree of one to five leaves, now and then none, in containers of every kind."""
     if rng.random() < 0.03:
         return [{}, (), [], {"a": None, "b": ()}][rng.integers(4)]
     nodes = [draw_leaf() for _ in range(rng.integers(1, 6))]
@@ -211,7 +211,7 @@ def draw_leaf(rng, real, complexes, frozen):
 
 
 def draw_settings(rng, wild):
-    if not wild:  # hyperparameters with which no step is long: b1^2 < b2
+    if not wild:  # with these hyperparameters no step is long: b1^2 < b2
         b1, b2 = [(0.9, 0.999), (0.0, 0.9), (0.5, 0.9999999), (0.3, 0.5)][rng.integers(4)]
         return {"b1": b1, "b2": b2, "learning_rate": 0.01, "weight_decay": 0.1}
     choices = {
@@ -232,7 +232,7 @@ CLASSES = [*BASIC, "mixed", "jumps"]
 
 
 def reals(rng, name, shape, dtype):
-    """Finite numbers of one class; the first axis is time."""
+    """Returns finite numbers of one class; the first axis is time."""
     info = jnp.finfo(dtype)
     tiny, top = float(info.tiny), float(info.max)
     low, high = np.log10(tiny), np.log10(top)
@@ -268,7 +268,7 @@ def values(rng, name, shape, dtype):
 
 
 def draw_gradients(rng, case, tally):
-    """Finite gradients for a chunk of steps: classes stay, change now and then, or at each step."""
+    """Returns finite gradients for a chunk of steps, whose classes may change now and then."""
 
     def draw(leaf):
         if not leaf.trained:
@@ -302,14 +302,14 @@ def word_of(dtype):
 
 
 def spoil(rng, x, tally):
-    """NaN of any pattern, signalling or not, or an infinity, at some of a step's coordinates."""
+    """Puts a NaN of any bit pattern, or an infinity, at some of a step's coordinates."""
     x = np.array(x)
     where = np.array(rng.random(x.shape) < 0.3)
     where.flat[rng.integers(x.size)] = True
     part = (np.real(x) if rng.random() < 0.5 else np.imag(x)) if np.iscomplexobj(x) else x
     word = word_of(part.dtype)
     infinity, nan = (int(np.array(y, part.dtype).view(word)) for y in (np.inf, np.nan))
-    quiet = nan & ~infinity  # the bit that tells a quiet NaN from a signalling one
+    quiet = nan & ~infinity  # the bit that distinguishes a quiet NaN from a signalling one
     payloads = {"infinity": 0, "NaN": quiet, "signalling NaN": int(rng.integers(1, quiet))}
     payloads["NaN with a payload"] = quiet | payloads["signalling NaN"]
     name = str(rng.choice(list(payloads)))
@@ -323,7 +323,7 @@ def spoil(rng, x, tally):
 
 
 def rate_of(case, i):
-    """The learning rate of the i-th leaf at steps t = 1, 2, ..."""
+    """Returns the learning rate of the i-th leaf at steps t = 1, 2, ..."""
     rate = ROW[case.row].settings | case.settings
     rate = rate.get("learning_rate", -1.0)
     if case.rates == "tree" and ROW[case.row].takes("learning_rate"):
@@ -358,7 +358,7 @@ def decays(i):
 
 
 def make(case):
-    """The optimizer of a case."""
+    """Returns the optimizer of a case."""
     inner = make_inner(case)
     leaves, treedef = jax.tree.flatten(case.tree)
     every_second = treedef.unflatten([decays(i) for i in range(len(leaves))])
@@ -379,9 +379,9 @@ def make(case):
 
 
 def runner(case, optimizer):
-    """A function from parameters, state and a chunk of gradients to what follows after each step.
+    """Returns a function from parameters, state and a chunk of gradients to each step's results.
 
-    Parameters move only where the wrapper needs it: elsewhere they could leave their dtype's range.
+    Parameters move only if the wrapper needs it: otherwise they could leave their dtype's range.
     """
 
     def step(params, state, gradients):
@@ -420,7 +420,7 @@ def runner(case, optimizer):
 
 @contextlib.contextmanager
 def mode_of(case):
-    """JAX's modes: float64 or not; strict promotion, but where optax adds mixed dtypes."""
+    """Sets JAX's modes: float64 or not; strict promotion, except where optax mixes dtypes."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", case.x64)
     mixing = case.wrapper != "none" or case.row == "average_params"
@@ -495,7 +495,7 @@ def signature(tree, drop=0):
 
 
 def stored_dtype(format, leaf, real):
-    """The dtype in which docs/formats.md and docs/numerics.md say that a moment is kept."""
+    """Returns a moment's dtype according to docs/formats.md and docs/numerics.md."""
     wide = WIDE.get(leaf.dtype, "float32")
     if format == "int8" and leaf.shape[-1:] >= (32,) and math.prod(leaf.shape) >= 4096:
         return "uint8" if real else "int8"
@@ -508,7 +508,7 @@ def stored_dtype(format, leaf, real):
 
 def check_dtypes(case, state):
     if case.wrapper in ("masked", "multi_transform"):
-        return  # where not every leaf has moments
+        return  # some leaves have no moments
     (moments,) = moment_states(state)
     formats = case.formats if ROW[case.row].takes("mu_dtype") else (None, None)
     for name in moments._fields[1:]:
@@ -528,14 +528,14 @@ def check_dtypes(case, state):
 
 
 def check_rows(name, tree, leaves, coded):
-    """One float32 for each row of a leaf with codes."""
+    """Checks that there is one float32 for each row of a leaf with codes."""
     for x, leaf, has_codes in zip(jax.tree.leaves(tree), leaves, coded, strict=True):
         assert x.dtype == jnp.float32, (name, x.dtype)
         assert x.shape == ((*leaf.shape[:-1], 1) if has_codes else ()), (name, x.shape, leaf)
 
 
 def check_structure(case, first, params, updates, states, after):
-    """Trees, shapes and dtypes are at every step what they were, and the gradients' dtypes."""
+    """Checks that trees, shapes and dtypes stay the same, and updates have gradients' dtypes."""
     assert signature(states, 1) == signature(first), "the state changed its structure or dtypes"
     assert signature(after, 1) == signature(params), "a parameter changed its shape or dtype"
 
@@ -548,7 +548,7 @@ def check_structure(case, first, params, updates, states, after):
 
 
 def check_finite_chunk(case, params, gradients, updates, states, after, count):
-    """All that holds where gradients are finite."""
+    """Checks everything that holds for finite gradients."""
     for name, tree in {"state": states, "parameter": after}.items():
         check_finite(name, tree)
     for path, x in optax.tree.get_all_with_path(states, "count"):
@@ -569,7 +569,7 @@ def check_finite(name, tree):
 
 
 def check_frozen(case, updates, states, after):
-    """What has never had a gradient has the moments and the remainder that it began with, 0."""
+    """Checks that leaves that never had a gradient have moments and remainders of 0."""
     if any(not leaf.trained for leaf in case.leaves):
         for name, parts in parts_of(case, updates, states, after).items():
             for leaf, x in zip(case.leaves, parts, strict=True):
@@ -578,7 +578,7 @@ def check_frozen(case, updates, states, after):
 
 
 def check_moments(moments):
-    """nu is never negative, codes are codes, and a maximum over time never shrinks."""
+    """Checks that nu is not negative, codes are valid, and a maximum over time never shrinks."""
     nu, scales = moments.nu, None
     if isinstance(nu, Int8Moment):
         nu, scales, _ = nu
@@ -590,12 +590,12 @@ def check_moments(moments):
             v.astype(int) if v_is_coded else v,
         )
         if m_is_coded:
-            # Up to 31/32 of the 2^7 values below the sign; together with nu, the lowest bit is its.
+            # Up to 31/32 of the 2^7 values below the sign; nu uses the lowest bit, if it has codes.
             largest = np.max((byte & 0x7F) >> (1 if v_is_coded else 0), initial=0)
             assert largest <= (62 if v_is_coded else 124), "a code that mu does not have"
         if v_is_coded:
             v, n = (2 * v + (byte & 1), 504) if m_is_coded else (v, 252)
-            # n - 1 stands for the scale. A nu that equals it but for rounding may get the next.
+            # n - 1 stands for the scale. A nu that equals it up to rounding may get the next code.
             assert np.max(v, initial=0) <= n, "nu beyond its scale"
             assert np.all(scales[i] >= 0), "a scale is negative"
         else:
@@ -605,14 +605,14 @@ def check_moments(moments):
 
 
 def leaves_of(case, tree):
-    """What the tree has at each leaf of the case's, None included."""
+    """Returns the tree's values at the case's leaves, None included."""
     return jax.tree.structure(case.tree).flatten_up_to(tree)
 
 
 def check_steps(case, params, gradients, updates, states, count):
-    """Every update is what the paper makes of the moments that are stored, in float64.
+    """Checks that each update follows the paper in float64 from the stored moments.
 
-    So none is NaN, and only those may be infinite that are beyond the largest number of a dtype.
+    So no update is NaN, and only those beyond a dtype's largest number may be infinite.
     """
     (moments,) = moment_states(states)
     codes = "int8" in case.formats
@@ -632,11 +632,11 @@ def check_leaf_steps(case, i, p, g, u, stored, count, codes):
     decay = s["weight_decay"] if not case.masked or decays(i) else 0.0
     bits = [jnp.finfo(x.dtype).bits for x in (*stored, g)]
     arithmetic = jnp.finfo("float64" if max(bits) == 64 else "float32")
-    # Twice what the direction's own arithmetic loses, by test_adam.py.
+    # Twice the error of the direction's own arithmetic in test_adam.py.
     error = 1e-13 if max(bits) == 64 and not codes else 4e-6
     limit = 2.0**511 if min(bits[:-1]) == 64 else 2.0**63
     tiny, top = float(arithmetic.tiny), float(arithmetic.max)
-    # What goes in may be subnormal and counts as 0. (float16's such numbers are not so in float32.)
+    # Subnormal inputs count as 0. (Those of float16 are not subnormal in float32.)
     inputs = [x.dtype for x in (p, g) if x.dtype != np.float16]
     tiny_in = max([tiny, *(float(jnp.finfo(dtype).tiny) for dtype in inputs)])
 
@@ -646,7 +646,7 @@ def check_leaf_steps(case, i, p, g, u, stored, count, codes):
     v = np.asarray(stored[-1], np.float64)
     kept = stored_dtype(case.formats[1] if row.takes("mu_dtype") else None, leaf, real=True)
     if kept != "uint8" and float(jnp.finfo(kept).tiny) > tiny:
-        # A nu that was too small for its dtype counts as the smallest number: mu was not too small.
+        # A nu too small for its dtype counts as the smallest number: mu was not too small.
         v = np.maximum(v, float(jnp.finfo(kept).tiny))
     g = saturated(g, limit)
     unbias = lambda b, t: 1 / -np.expm1(t * np.log(b)) if b else np.ones_like(t)  # noqa: E731
@@ -690,7 +690,7 @@ def saturated(g, limit):
 
 
 def check_spoilt(rng, case, run, first, params, state, count, tally):
-    """A gradient that is not finite at some coordinates, beside one that is 0 there."""
+    """Compares a gradient that is not finite at some coordinates with one that is 0 there."""
     candidates = [i for i, leaf in enumerate(case.leaves) if leaf.trained and math.prod(leaf.shape)]
     if not candidates:
         return 0
@@ -728,7 +728,7 @@ def check_spoilt(rng, case, run, first, params, state, count, tally):
 
 
 def parts_of(case, updates, states, after):
-    """All that belongs to each parameter: its updates and what the state has of it."""
+    """Returns everything of each parameter: its updates and its part of the state."""
     trees = {"updates": updates, "params": after}
     if case.wrapper not in ("masked", "multi_transform"):
         (moments,) = moment_states(states)
@@ -745,7 +745,7 @@ def parts_of(case, updates, states, after):
 
 def check_unaffected(name, x, y, affected):
     same = ((x == y) | ((x != x) & (y != y))).all(axis=0)
-    if affected is not None and same.shape == (*affected.shape[:-1], 1):  # a scale of each row
+    if affected is not None and same.shape == (*affected.shape[:-1], 1):  # one scale for each row
         affected = affected.any(axis=-1, keepdims=True)
     if affected is None or same.shape != affected.shape:
         affected = np.zeros(same.shape, bool)
@@ -753,20 +753,20 @@ def check_unaffected(name, x, y, affected):
 
 
 class Wrong(NamedTuple):
-    """Something a caller may get wrong, and what an error should say of it."""
+    """A mistake of a caller, and a part of the message that it should raise."""
 
     kind: str
     call: Any
     errors: tuple[type[Exception], ...]
-    says: str
+    message: str
 
     def check(self):
         try:
             self.call()
         except Exception as error:
-            if type(error) not in self.errors or self.says not in str(error):
+            if type(error) not in self.errors or self.message not in str(error):
                 raise AssertionError(
-                    f"wrong input ({self.kind}): expected {self.errors} with {self.says!r}, got "
+                    f"wrong input ({self.kind}): expected {self.errors} with {self.message!r}, got "
                     f"{type(error).__name__}: {error}"
                 ) from error
         else:
@@ -774,7 +774,7 @@ class Wrong(NamedTuple):
 
 
 def wrong_inputs(rng, case, optimizer, params, state):
-    """Wrong inputs to an optimizer of ours, all found while tracing: nothing is compiled."""
+    """Yields wrong inputs to our optimizers, all found while tracing: nothing compiles."""
     trained = [i for i, leaf in enumerate(case.leaves) if leaf.trained]
     if not (case.wrapper in OURS or case.remainder) or not trained:
         return
@@ -798,7 +798,7 @@ def wrong_inputs(rng, case, optimizer, params, state):
     def initialising(dtype):
         return lambda: jax.eval_shape(optimizer.init, instead(params, struct(leaf.shape, dtype)))
 
-    # Where rates and masks are trees, they are what is found not to fit.
+    # If rates and masks are trees, the error is that these do not fit.
     one_value = case.rates == "number" and not case.masked
     value, type_ = (ValueError,), (TypeError,)
     yield Wrong(
@@ -852,7 +852,7 @@ def struct(shape, dtype):
 
 
 def table(tally, name):
-    """How many of each, in markdown."""
+    """Returns how many of each were tried, in markdown."""
     rows = sorted((key, n) for (table, key), n in tally.items() if table == name)
     return "\n".join([f"| {name} | |", "|---|---|", *(f"| {key} | {n:,} |" for key, n in rows)])
 
@@ -864,7 +864,7 @@ def main():
     parser.add_argument("--updates", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="in a chunk (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--case", type=int, help="try this one alone, as it was drawn")
+    parser.add_argument("--case", type=int, help="run only this case")
     options = parser.parse_args()
     tally, failed, start = collections.Counter(), [], time.perf_counter()
 
@@ -888,7 +888,7 @@ def main():
         attempt(name, draw_case(options.seed, number, options.steps))
         if number % 50 == 49:
             print(f"{tally['all', 'updates']:,} updates", file=sys.stderr, flush=True)
-            jax.clear_caches()  # or the programs would fill the memory
+            jax.clear_caches()  # otherwise the programs would fill the memory
     for name in dict.fromkeys(table for table, _ in tally):
         print(f"\n{table(tally, name)}")
     print(f"\nseed {options.seed}, {(time.perf_counter() - start) / 60:.0f} minutes, ", end="")

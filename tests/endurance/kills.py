@@ -1,14 +1,13 @@
-"""Kills a training again and again, and says whether it came to the same bits all the same.
+"""Kills a training run again and again, and checks that it still reaches the same bits.
 
     uv run tests/endurance/kills.py
     uv run tests/endurance/kills.py --kills 100 --setting float32 --seed 1
 
 A small GPT (`examples/gpt`) trains undisturbed. Then it trains again, is sent SIGKILL at a
 random moment, is started anew and continues from its last checkpoint, until it was killed as often
-as asked; after that it may come to its end. What a process does falls into three parts: it starts
-(imports, restores, compiles, makes its first steps), it writes a checkpoint, it trains on. A third
-of the moments are drawn from the time of each. Where a kill has hit is told by what it left on the
-disk.
+as asked; after that it may finish. A process has three phases: it starts (imports, restores,
+compiles, makes its first steps), it writes a checkpoint, it continues training. A third of the
+moments are drawn from each phase. The files that a kill leaves on the disk show which phase it hit.
 """
 
 import argparse
@@ -38,14 +37,14 @@ WRITING = "while one was written"
 
 
 class Training:
-    """One process that trains and saves in a folder, in which others may have been killed."""
+    """A process that trains and saves in a folder, where others may have been killed."""
 
     def __init__(self, folder, steps, setting, script=GPT):
         self.checkpoints = folder / "checkpoints" / setting.replace(" ", "-")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
         self.first = self.newest()
-        # Held open, lest the file system gives their numbers to folders of this process.
+        # Held open, or the file system might give their numbers to folders of this process.
         self.held = [os.open(path, os.O_RDONLY) for path in self.checkpoints.glob("*-tmp*")]
         self.left = self.unfinished()
         command = [sys.executable, script, *SMALL.split(), "--setting", setting]
@@ -53,7 +52,7 @@ class Training:
         command += ["--checkpoints", folder / "checkpoints"]
         environment = {
             "JAX_PLATFORMS": "cpu",
-            # What one process has compiled the next one need not.
+            # Later processes reuse what one process has compiled.
             "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -64,12 +63,12 @@ class Training:
             )
 
     def newest(self):
-        """The number of steps after which the last checkpoint was written."""
+        """Returns the number of steps at the last checkpoint."""
         names = os.listdir(self.checkpoints)
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def unfinished(self):
-        """The folders of checkpoints that are not finished, by their numbers on the disk."""
+        """Returns the folders of unfinished checkpoints, by their numbers on the disk."""
         with os.scandir(self.checkpoints) as entries:
             return {entry.inode() for entry in entries if "-tmp" in entry.name}
 
@@ -80,19 +79,19 @@ class Training:
         return time.monotonic() - self.began
 
     def wait_until(self, condition):
-        """Waits for it, or for the end of the process; returns the seconds since its start."""
+        """Waits for the condition or the process's end. Returns the seconds since its start."""
         while self.process.poll() is None and not condition():
             time.sleep(0.002)
         return self.seconds()
 
     def finish(self):
-        """Waits for the end, which has to be a good one."""
+        """Waits for the process to end, and raises if it failed."""
         code = self.process.wait()
         if code or self.continued_from() != self.first:
             raise RuntimeError(f"ended with {code}:\n{self.log.read_text(errors='replace')}")
 
     def kill(self):
-        """Kills the process and says where that has hit."""
+        """Kills the process and returns the phase in which that happened."""
         if self.process.poll() is not None:
             raise RuntimeError(f"ended unkilled:\n{self.log.read_text(errors='replace')}")
         self.process.kill()
@@ -104,15 +103,15 @@ class Training:
         return where
 
     def continued_from(self):
-        """The step that it says to have continued from, if it has come to that."""
-        said = re.search(r"continuing from step (\d+)", self.log.read_text(errors="replace"))
-        return int(said[1]) if said else 0
+        """Returns the step from which its log reports that it continued, or 0."""
+        found = re.search(r"continuing from step (\d+)", self.log.read_text(errors="replace"))
+        return int(found[1]) if found else 0
 
 
-def kill_at_random(training, rng, lasts, ahead):
-    """Kills a training at a moment of what a process does, given how long each of it lasts.
+def kill_in_a_phase(training, rng, lasts, ahead):
+    """Kills a process at a random moment of one of its phases, given how long each phase lasts.
 
-    If that is not its start, then some checkpoints later, fewer than `ahead`.
+    Unless that phase is the start, it kills some checkpoints later, fewer than `ahead`.
     """
     phase, began = rng.choice([*lasts]), 0.0
     if phase != STARTING:
@@ -125,7 +124,7 @@ def kill_at_random(training, rng, lasts, ahead):
 
 
 def final(folder):
-    """The last checkpoint: parameters and state by their paths, and all losses."""
+    """Returns the last checkpoint: parameters and state by their paths, and all losses."""
     items = ocp.args.Composite(training=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     (checkpoints,) = (folder / "checkpoints").iterdir()
     with ocp.CheckpointManager(checkpoints) as manager:
@@ -137,7 +136,7 @@ def final(folder):
 
 
 def differences(arrays, desired):
-    """The names of what is not the same to the bit."""
+    """Returns the names of arrays that are not bit-identical."""
 
     def bits(found, name):
         return (found[name].dtype, found[name].shape, found[name].tobytes()) if name in found else 0
@@ -147,9 +146,9 @@ def differences(arrays, desired):
 
 
 def train_and_kill(folder, kills, setting, seed):
-    """Trains undisturbed in "whole", and in "killed" until it was killed so often and ended.
+    """Trains undisturbed in "whole", and in "killed" until that many kills, and then to the end.
 
-    Returns how many kills hit where, and the steps that trainings have continued from.
+    Returns how many kills hit each phase, and the steps from which processes have continued.
     """
     rng = random.Random(seed)
     steps = 2 * SAVE_EVERY * (kills + 1)  # two checkpoints for each process
@@ -164,9 +163,9 @@ def train_and_kill(folder, kills, setting, seed):
     for left in tqdm(range(kills, -1, -1), unit=" processes", leave=False, disable=None):
         training = Training(folder / "killed", steps, setting)
         if left:
-            # Of what is there to do, the part of each process that is left.
+            # The share of the remaining steps for each remaining process.
             ahead = max(1, (steps - training.first) // SAVE_EVERY // (left + 1))
-            hits[kill_at_random(training, rng, lasts, ahead)] += 1
+            hits[kill_in_a_phase(training, rng, lasts, ahead)] += 1
         else:
             training.finish()
         continued_from.add(training.continued_from())

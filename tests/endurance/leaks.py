@@ -1,8 +1,8 @@
-"""What grows in ten thousand eager steps: of every optimizer and format, in a table.
+"""Prints what grows in ten thousand eager steps, for every optimizer and format.
 
     uv run tests/endurance/leaks.py
 
-Learning rates are new at each step. `test_leaks.py` asserts it of a few.
+Each step has a new learning rate. `test_leaks.py` checks a few optimizers.
 """
 
 import gc
@@ -24,13 +24,13 @@ import adam_jax
 
 class Growth(NamedTuple):
     compiled: int  # entries in the caches of our jitted functions
-    arrays: int  # that are alive
-    blocks: int  # of memory, as Python allocates it: one for an object, or more
+    arrays: int  # alive
+    blocks: int  # of memory, as Python allocates it: one or more for each object
     peak: int  # bytes, of the whole process
 
 
 def jitted_functions():
-    """All jitted functions of the package."""
+    """Returns all jitted functions of the package."""
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "adam_jax"]
     values = [x for m in modules for x in vars(m).values()]
     classes = [x for x in values if isinstance(x, type) and x.__module__.startswith("adam_jax")]
@@ -49,10 +49,10 @@ def measured():
 
 
 def growth(optimizer_at, dtype, steps, warm_up=1000):
-    """In so many steps after the first, with the optimizer that `optimizer_at` returns for each.
+    """Returns the growth over `steps` steps after the warm-up, with `optimizer_at(step)` in each.
 
-    What Python and JAX keep for themselves is nearly all there after a thousand steps: of 10,000
-    more, 150 blocks remain, and of the next 10,000 six.
+    Python and JAX allocate nearly all memory of their own in the first thousand steps: 10,000 more
+    leave 150 blocks, and the next 10,000 leave six.
     """
     params = {"w": jnp.ones((64, 64), dtype)}
     gradients = {"w": jnp.full((64, 64), 0.1, dtype)}
@@ -75,7 +75,7 @@ def always(optimizer):
 
 
 def cases():
-    """By name: the optimizer at each step, and the parameters' dtype."""
+    """Yields names, each with the optimizer at each step and the parameters' dtype."""
     for row in ROWS:
         yield row.name, (always(row.make(learning_rate=schedule)), "float32")
     seven_bytes = adam_jax.adamw(schedule, mu_dtype="int8", nu_dtype="int8")

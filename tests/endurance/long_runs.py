@@ -1,13 +1,13 @@
-"""A million steps in one program: gradients that stop, start, jump and fall by 10^10; each format.
+"""Runs each format for a million steps with gradients that stop, start, jump, fall by 10^10.
 
     uv run tests/endurance/long_runs.py
 
-The state is compared with float64 at a hundred checkpoints. Its reference is the paper's closed
-form, m_t = (1 - b1) sum_i b1^(t-i) g_i and v_t = (1 - b2) sum_i b2^(t-i) g_i^2, in NumPy; gradients
-are a hash of coordinate and step, which NumPy has to the bit.
+The script compares the state with float64 at a hundred checkpoints. Its reference is the paper's
+closed form, m_t = (1 - b1) sum_i b1^(t-i) g_i and v_t = (1 - b2) sum_i b2^(t-i) g_i^2, in NumPy;
+gradients are a hash of coordinate and step, bit-identical in NumPy.
 
-Printed are the largest errors of each phase and of the end, and times and memory of the first and
-of the last tenth. The exit status says whether all is within `BOUNDS`.
+It prints the largest errors of each phase and of the end, and times and memory of the first and of
+the last tenth. The exit status is 0 if all errors are within `BOUNDS`.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import adam_jax
 from adam_jax._moments import Decay, bias_correction
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
-SHAPE = (128, 32)  # the smallest leaf that is kept in int8
-FEW = 64  # coordinates, where a reference needs every step's v
+SHAPE = (128, 32)  # the smallest leaf that is stored in int8
+FEW = 64  # coordinates, for references that need every step's v
 CHECKPOINTS = 100
 JUMP = 2.0**34  # 1.7e10; a power of two, so that every gradient is a bfloat16
-PHASES = {  # from which checkpoint on, and what gradients are multiplied by
+PHASES = {  # the first checkpoint, and the factor of gradients
     "ordinary": (0, 1.0),
     "jump": (30, JUMP),
     "fall": (35, 1.0),
@@ -46,7 +46,7 @@ FACTORS = np.select(
 
 
 def optimizers(rate):
-    """What runs, with the dtype of its parameters and gradients."""
+    """Returns the optimizers to run, each with the dtype of its parameters and gradients."""
     int8: dict[str, Any] = {"mu_dtype": "int8", "nu_dtype": "int8"}
     seven_bytes = adam_jax.master_weights(adam_jax.adam(rate, B1, B2, EPS, **int8), "int8")
     bfloat16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
@@ -61,9 +61,9 @@ def optimizers(rate):
 
 
 def gradients(t, factor, xp):
-    """The gradients of step t in `xp`, jnp or np: k / 256, k = -64 ... 191, times powers of two.
+    """Returns step t's gradients in `xp`, jnp or np: k / 256, k = -64 ... 191, times powers of 2.
 
-    Their mean is not 0, so that mu is not, and within a row they differ by up to 2^7.
+    Their mean is not 0, so mu is not 0, and within a row they differ by up to 2^7.
     """
     index = xp.arange(SHAPE[0] * SHAPE[1], dtype=np.uint32)
     x = index * np.uint32(0x85EBCA6B) ^ t * np.uint32(0xC2B2AE35)
@@ -74,7 +74,7 @@ def gradients(t, factor, xp):
 
 
 class Reference(NamedTuple):
-    """What float64 has at every checkpoint; the last two are those of the first few coordinates."""
+    """The values in float64 at each checkpoint; the last two only for the first coordinates."""
 
     m: np.ndarray
     v: np.ndarray
@@ -83,12 +83,14 @@ class Reference(NamedTuple):
 
 
 def reference(steps):
-    """The closed forms of the moments, from one block of steps to the next."""
+    """Returns the moments by their closed forms, from one block of steps to the next."""
     block = min(50, steps // CHECKPOINTS)
     m, v = np.zeros((2, SHAPE[0] * SHAPE[1]))
     v_max, u = np.zeros((2, FEW))
     ages = np.arange(block)[::-1]
-    ages_then = np.arange(block)[:, None] - np.arange(block)  # of a gradient, at each step
+    ages_then = np.arange(block)[:, None] - np.arange(
+        block
+    )  # the age of each gradient at each step
     each_v = np.where(ages_then < 0, 0, (1 - B2) * B2 ** np.maximum(ages_then, 0))
     since = B2 ** np.arange(1, block + 1)[:, None]
     seen = []
@@ -107,17 +109,17 @@ def reference(steps):
 
 
 class Run(NamedTuple):
-    """What a run leaves at every checkpoint, and what it took."""
+    """The results of a run at every checkpoint, and its costs."""
 
     weights: np.ndarray
     moments: dict[str, np.ndarray]  # mu, nu and perhaps nu_max, as float32
     seconds: np.ndarray  # since the start
-    resident: np.ndarray  # the most memory of the process so far, in bytes
-    temporary: int  # bytes that the program takes beside its arguments and results
+    resident: np.ndarray  # peak memory of the process so far, in bytes
+    temporary: int  # bytes of the program in addition to arguments and results
 
 
 def run(optimizer, dtype, steps):
-    """All steps in one scan of a program, which notes the time when it passes a checkpoint."""
+    """Makes all steps in one scan, which records the time at each checkpoint."""
 
     def now(_):
         resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -159,22 +161,22 @@ def run(optimizer, dtype, steps):
 
 
 def weights_and_moments(params, state):
-    """Both in float32, however they are stored."""
+    """Returns both in float32, from any storage format."""
     if isinstance(state, adam_jax.MasterWeightsState):
         params, state = adam_jax.master_params(params, state), state.inner_state
     return params, adam_jax.convert_state(state)[0]
 
 
-# ---------------------------------------------------------------- what a run is held to
+# ---------------------------------------------------------------- bounds
 
 
 class Bounds(NamedTuple):
     """How far moments may be from float64's: at a checkpoint, and where v falls freely.
 
-    Gradients that fall by 10^10 leave a v of large ones, which takes 46,000 steps to be forgotten.
-    Until then nothing new covers a step's rounding error, of up to 2^-24, and the errors add up.
-    In bfloat16 they are not quite independent, since the thresholds of one element are not: that
-    costs 11% of v in 68,000 steps. All bounds for a fall are what was measured, about doubled.
+    When gradients fall by 10^10, v needs 46,000 steps to forget the large ones. Until then nothing
+    new covers the rounding error of a step, of up to 2^-24, and the errors add up. In bfloat16
+    they are not quite independent, since the thresholds of one element are not: that costs 11% of
+    v in 68,000 steps. All bounds for a fall are about twice the measured error.
     """
 
     steady: float
@@ -189,15 +191,15 @@ BOUNDS = {
     "amsgrad": Bounds(1e-5, 1e-4),
     "adamax": Bounds(1e-5, 1e-4),
 }
-AT_RANDOM = ("bfloat16", "int8", "7 bytes")
+STOCHASTIC = ("bfloat16", "int8", "7 bytes")
 
 
 def errors(name, run, ref):
-    """How far mu and the second moment are from float64's at each checkpoint.
+    """Returns how far mu and the second moment are from float64's at each checkpoint.
 
-    mu is compared in units of the root of v, of which a step is made; the second moment is relative
-    to float64's. In what is rounded at random, it is the mean over the coordinates that counts.
-    Nothing is compared where v is nearly subnormal: a CPU may take such numbers to be 0.
+    mu is compared in units of the root of v, as in a step; the second moment is relative to
+    float64's. With stochastic rounding, the mean over the coordinates is compared. Nearly subnormal
+    values of v are left out: a CPU may treat such numbers as 0.
     """
     nu, v = run.moments["nu"], ref.v
     if name == "amsgrad":
@@ -208,19 +210,19 @@ def errors(name, run, ref):
     some = there[:, : v.shape[1]]
     mu = np.where(there, run.moments["mu"] - ref.m, 0) / np.sqrt(np.where(there, ref.v, 1))
     nu = np.where(some, nu[:, : v.shape[1]], 1) / np.where(some, v, 1) - 1
-    if name in AT_RANDOM:
+    if name in STOCHASTIC:
         mu, nu = (x.mean(axis=1, keepdims=True) for x in (mu, nu))
     return (np.abs(x).max(axis=1) for x in (mu, nu))
 
 
 def falls_freely(ref):
-    """At which checkpoints v has become smaller than it was at the one before."""
+    """Returns at which checkpoints v is smaller than at the one before."""
     mean = ref.v.mean(axis=1)
     return np.concatenate([[False], mean[1:] < 0.99 * mean[:-1]])
 
 
 def misses(name, run, ref):
-    """What isn't as it should be."""
+    """Yields a message for each value that is out of bounds."""
     for field, x in run.moments.items():
         if not np.isfinite(x).all():
             yield f"{field} is not finite"
@@ -234,7 +236,7 @@ def misses(name, run, ref):
 
 
 def unbiased_from():
-    """The step from which on 1 - b^t is 1 in float32, for b1 and b2."""
+    """Returns the first steps from which 1 - b^t is 1 in float32, for b1 and b2."""
     counts = np.append(np.arange(1, 2**16), 2 ** np.arange(16, 32) - 1)
     first = []
     for b in (B1, B2):
@@ -246,7 +248,7 @@ def unbiased_from():
 
 
 def from_count(start, optimizer, dtype, steps):
-    """Parameters and state after some steps on normal gradients, counted from `start`."""
+    """Returns parameters and state after steps on normal gradients, counted from `start`."""
     params = jnp.ones(SHAPE, dtype)
     key = jax.random.key(0)
 
@@ -280,7 +282,7 @@ def table(*rows):
 
 
 def ends_and_costs(runs, ref, steps):
-    """For each run, errors at the end, and what the first and the last tenth of it took."""
+    """Yields each run's errors at the end, and the costs of its first and last tenth."""
     tenth = CHECKPOINTS // 10
     yield (
         "after the last step",
@@ -308,7 +310,7 @@ def ends_and_costs(runs, ref, steps):
 
 
 def largest_errors(runs, ref):
-    """The largest errors of the second moment in each phase, in free falls apart."""
+    """Yields the largest errors of the second moment in each phase, separately for free falls."""
     yield "largest error of nu", *runs
     nu = {name: tuple(errors(name, run, ref))[1] for name, run in runs.items()}
     starts = np.array([start for start, _ in PHASES.values()])

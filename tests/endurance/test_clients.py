@@ -1,6 +1,6 @@
-"""Published packages that take an optax optimizer: the same results with ours in its place.
+"""Published packages that accept an optax optimizer give the same results with ours.
 
-Each client runs a package's own code, which makes the state, calls the update and adds it.
+Each test runs a package's own code, which makes the state, calls the update and adds it.
 """
 
 import blackjax
@@ -29,23 +29,23 @@ Y = np.sin(2 * X[:, :2])
 
 @pytest.fixture(autouse=True)
 def their_promotion():
-    """Code that is not ours mixes dtypes and ranks."""
+    """Lets code of other packages mix dtypes and ranks."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 def assert_same(ours, theirs, learning_rate, steps):
-    """Equal up to what two runs of so many steps in float32 may differ by.
+    """Asserts that two float32 runs agree up to the rounding of this many steps.
 
-    In a step that is 1e-5 of its length, which optax loses in its bias correction (test_adam),
-    and half an ulp of each of the two parameters, which are less than 2.
+    In each step, optax loses 1e-5 of its length in bias correction (see test_adam), and each of the
+    two parameters, which are less than 2, is rounded by half an ulp.
     """
     assert jax.tree.leaves(ours)
     atol = steps * (learning_rate * 1e-5 + 2.0**-23)
     chex.assert_trees_all_close(ours, theirs, rtol=0, atol=atol)
 
 
-# Networks: each returns its parameters and its losses. 64 x 64 weights are enough for int8.
+# Networks: each function returns parameters and losses. 64 x 64 weights are enough for int8.
 
 
 def train_nnx(optimizer, steps, dtype=jnp.float32):
@@ -77,7 +77,7 @@ def train_linen(optimizer, steps, dtype=jnp.float32):
 
 def train_equinox(optimizer, steps, dtype=jnp.float32):
     model = eqx.nn.MLP(8, 2, 64, 2, jnp.tanh, dtype=dtype, key=jax.random.key(0))
-    # What is no array, such as the activation, has None in its place among the parameters.
+    # A leaf that is no array, such as the activation, is None among the parameters.
     params, static = eqx.partition(model, eqx.is_inexact_array)
     state = optimizer.init(params)
 
@@ -86,7 +86,7 @@ def train_equinox(optimizer, steps, dtype=jnp.float32):
         loss = lambda p: jnp.mean((jax.vmap(eqx.combine(p, static))(X) - Y) ** 2)  # noqa: E731
         value, gradients = eqx.filter_value_and_grad(loss)(params)
         updates, state = optimizer.update(gradients, state, params)
-        # eqx.apply_updates would make bfloat16 parameters float32, of master_weights' updates.
+        # eqx.apply_updates with master_weights' updates would make bfloat16 parameters float32.
         return optax.apply_updates(params, updates), state, value
 
     losses = []
@@ -117,13 +117,13 @@ def test_a_network_learns_in_seven_bytes(train):
     params, losses = train(adam_jax.master_weights(inner, "int8"), 150, jnp.bfloat16)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     _, their_losses = train(optax.adam(3e-3), 150)
-    # Optax in float32 comes to between 0.001 and 0.05 of the first loss, and in bfloat16 what the
-    # network computes is itself off by that much.
+    # Optax in float32 reaches between 0.001 and 0.05 of the first loss, and in bfloat16 the
+    # network's own results are off by that much.
     assert their_losses[-1] < 0.1 * their_losses[0]
     assert losses[-1] < 0.1 * losses[0]
 
 
-# Posteriors, of a linear model with noise 0.5: each returns the mean that it has after some steps.
+# Posteriors of a linear model with noise 0.5: each function returns the mean after some steps.
 
 PEAK = 0.03
 SCHEDULE = optax.linear_schedule(PEAK, 0.0, 400)
@@ -169,8 +169,8 @@ each_posterior = pytest.mark.parametrize("find", POSTERIORS.values(), ids=POSTER
 
 @pytest.mark.full
 @each_posterior
-def test_a_posterior_is_approached_the_same(find):
-    """Compared on the way: all optimizers arrive at the same."""
+def test_a_posterior_is_approached_in_the_same_way(find):
+    """Compares intermediate results, because all optimizers arrive at the same end."""
     ours, theirs = (find(make(SCHEDULE), 20) for make in (adam_jax.adam, optax.adam))
     assert_same(ours, theirs, PEAK, 20)
     assert np.any(np.abs(ours - MEAN) > 0.2 * np.sqrt(np.diag(COVARIANCE)))

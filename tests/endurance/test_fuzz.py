@@ -1,4 +1,4 @@
-"""The fuzzer finds nothing, in two thousand updates; and it finds what is broken on purpose."""
+"""The fuzzer finds no fault in two thousand updates, and finds every fault made on purpose."""
 
 import collections
 import dataclasses
@@ -16,21 +16,21 @@ from optimizers import ROWS
 
 import adam_jax
 
-# Of random trees some have no leaf in 16 bits: what master_weights warns of, and passes on.
+# Some random trees have no leaf in 16 bits. master_weights then warns and changes nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::adam_jax.NoLowPrecisionWarning")
 
-PARTS = 4  # each with a fourth of the cases, to run beside each other
+PARTS = 4  # each with a fourth of the cases, to run in parallel
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(REGRESSIONS)))
-def test_what_once_failed(i):
+def test_past_failures_stay_fixed(i):
     fuzz.run_case(REGRESSIONS[i], collections.Counter())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", first(1, range(PARTS)))
-def test_random_cases(part):
+def test_random_cases_pass_all_checks(part):
     tally = collections.Counter()
     for number in itertools.count(part, PARTS):
         case = fuzz.draw_case(0, number, steps=10)
@@ -52,7 +52,7 @@ EACH += [("adamw", wrapper) for wrapper in ("average_params", "none remainder", 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "wrapper"), EACH)
-def test_all_wrong_inputs(name, wrapper):
+def test_all_wrong_inputs_are_refused(name, wrapper):
     row = fuzz.ROW[name]
     tree = {"a": [Leaf((5, 3)), None], "b": Leaf((), "bfloat16", "bfloat16")}
     case = Case(name, tree, (row.mu_format, row.nu_format), wrapper, mode="eager", steps=1)
@@ -61,7 +61,7 @@ def test_all_wrong_inputs(name, wrapper):
     assert len([table for table, _ in tally if table.startswith("wrong")]) >= 10
 
 
-# ---------------------------------------------------------------- what is broken is found
+# ---------------------------------------------------------------- faults on purpose
 
 PLAIN = Case("adam", {"a": Leaf((5, 3)), "b": Leaf((7,)), "frozen": Leaf((2,), gradient=None)})
 INT8 = Case("adam", Leaf((64, 64)), ("int8", "int8"))
@@ -69,7 +69,7 @@ NU_IN_INT8 = Case("adam", Leaf((64, 64)), (None, "int8"))
 
 
 def at_step_five(change):
-    """Breaks a step in the middle of a chunk, where the last of its outputs do not show it."""
+    """Breaks a step in the middle of a chunk, where the chunk's last outputs do not show it."""
 
     def update(inner, g, state, params):
         u, new = inner(g, state, params)
@@ -98,7 +98,7 @@ def negative_nu(u, new, old):
     return u, with_moments(new, nu=nu | {"b": nu["b"].at[3].add(-3e38)})
 
 
-def a_count_that_stands(u, new, old):
+def a_count_that_stands_still(u, new, old):
     return u, with_moments(new, count=old[0].count)
 
 
@@ -125,7 +125,7 @@ def longer_steps(inner, g, state, params):
 
 
 def another_dtype_of_mu(inner, g, state, params):
-    # Which the next step would refuse.
+    # The next step would refuse this.
     mu = jax.tree.map(lambda m: m.astype(jnp.float32), state[0].mu)
     u, new = inner(g, with_moments(state, mu=mu), params)
     return u, with_moments(new, mu=jax.tree.map(lambda m: m.astype(jnp.float16), new[0].mu))
@@ -177,7 +177,7 @@ BROKEN = [
     (PLAIN, at_step_five(infinity_in_mu), r"mu\['b'\] is not finite"),
     (PLAIN, at_step_five(negative_nu), "nu is negative"),
     (PLAIN, longer_steps, "update of leaf"),
-    (PLAIN, at_step_five(a_count_that_stands), "count"),
+    (PLAIN, at_step_five(a_count_that_stands_still), "count"),
     (PLAIN, at_step_five(a_frozen_leaf_moves), "a None gradient"),
     (INT8, at_step_five(no_code_of_mu), "a code that mu does not have"),
     (NU_IN_INT8, at_step_five(no_code_of_nu), "nu beyond its scale"),
@@ -199,7 +199,7 @@ BROKEN = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "update", "message"), BROKEN)
-def test_what_is_broken_is_found(case, update, message):
+def test_broken_steps_are_found(case, update, message):
     def make(case):
         optimizer = fuzz.make(case)
         return optax.GradientTransformationExtraArgs(
@@ -224,7 +224,7 @@ def test_apply_if_finite_that_lets_a_nan_through_is_found():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_values_are_of_the_classes_that_they_are_said_to_be(dtype):
+def test_values_belong_to_their_classes(dtype):
     rng, info = np.random.default_rng(0), jnp.finfo(dtype)
     shape = (50, 20)
     for name in fuzz.CLASSES:
@@ -247,7 +247,7 @@ def test_values_are_of_the_classes_that_they_are_said_to_be(dtype):
     names = collections.Counter()
     for _ in range(50):
         spoilt, where = fuzz.spoil(rng, fuzz.values(rng, "moderate", (7,), dtype), names)
-        with np.errstate(invalid="ignore"):  # what a signalling NaN signals
+        with np.errstate(invalid="ignore"):  # which a signalling NaN raises
             np.testing.assert_array_equal(np.isfinite(spoilt), ~where)
         assert where.any()
     kinds = {name for _, name in names}
@@ -258,5 +258,5 @@ def test_a_case_can_be_repeated():
     for number in range(20):
         assert fuzz.draw_case(3, number, 10) == fuzz.draw_case(3, number, 10)
     case = fuzz.draw_case(3, 0, 10)
-    # As it is printed, it can be put into REGRESSIONS.
+    # The printed case can be put into REGRESSIONS.
     assert eval(repr(case), fuzz.__dict__) == case

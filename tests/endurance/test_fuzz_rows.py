@@ -1,4 +1,4 @@
-"""Random tables, ids and values of every class: what row-sparse steps may change, and what not."""
+"""Row-sparse steps on random tables, ids and values of every class change only what they may."""
 
 import functools
 from typing import Any
@@ -36,14 +36,14 @@ def draw_optimizer(rng, low):
 
 
 def rows_of(tree, table):
-    """What a tree has for each row of a table, as bytes: a matrix of one line for each row."""
+    """Returns a tree's values for each row of a table, as bytes in a matrix of one line per row."""
     leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if x.ndim]
     lines = [x.reshape(len(table), -1) for x in leaves]
     return np.concatenate([np.ascontiguousarray(x).view(np.uint8) for x in lines if x.size], axis=1)
 
 
 @pytest.mark.parametrize("number", first(3, range(24)))
-def test_random_tables(number):
+def test_random_tables_change_only_in_named_rows(number):
     rng = np.random.default_rng([11, number])
     low, exact = rng.random() < 0.4, rng.random() < 0.4
     dtype = draw(rng, ["bfloat16", "float16"]) if low else "float32"
@@ -61,7 +61,7 @@ def test_random_tables(number):
         ids = rng.integers(low_id, high_id + 1, draw(rng, SIZES)).astype(id_dtype)
         gradients = fuzz.values(rng, draw(rng, CLASSES), (*ids.shape, *shape[1:]), dtype)
         inside = (ids.astype(int) >= 0) & (ids.astype(int) < len(table))
-        if step == 5 and ids.size:  # one NaN, wherever it is
+        if step == 5 and ids.size:  # one NaN, also for an id out of range
             gradients = np.array(gradients)
             gradients.reshape(ids.size, -1)[0, 0] = np.nan
             spoilt[ids.reshape(-1)[:1][inside.reshape(-1)[:1]].astype(int)] = True
@@ -94,8 +94,8 @@ def test_random_tables(number):
 
 
 @pytest.mark.parametrize("number", first(2, range(6)))
-def test_random_steps_are_those_of_the_whole_table(number):
-    """The rows that are named, if the state is the same before; in float32 and in int8."""
+def test_random_steps_agree_with_steps_of_the_whole_table(number):
+    """Named rows agree if the state before is the same, in float32 and in int8."""
     rng = np.random.default_rng([12, number])
     optimizer = adam_jax.adamw(0.01, **INT8) if number % 2 else draw_optimizer(rng, low=False)
     rows = adam_jax.row_sparse(optimizer)
@@ -113,5 +113,5 @@ def test_random_steps_are_those_of_the_whole_table(number):
         gradients = jnp.asarray(fuzz.values(rng, name, (40, 32), "float32"))
         expected = whole(ids, gradients, table, state)
         table, state = jax.jit(rows.update)(ids, gradients, table, state)
-        # A sum of huge gradients may be infinite, in both.
+        # A sum of huge gradients may be infinite in both.
         np.testing.assert_allclose(table[ids], expected[0][ids], rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A training that is killed at random moments ends as if it had not been: see kills.py."""
+"""A training run killed at random moments ends as if nothing had happened: see kills.py."""
 
 import shutil
 
@@ -18,7 +18,7 @@ runpy.run_path({gpt!r}, run_name="__main__")
 
 @pytest.mark.full
 def test_two_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
-    import kills  # which needs what the oldest versions are tested without
+    import kills  # it needs packages that the tests with the oldest versions lack
 
     hits, continued_from = kills.train_and_kill(tmp_path, 2, "7 bytes", seed=0)
     assert sum(hits.values()) == 2
@@ -27,7 +27,7 @@ def test_two_kills_change_no_bit_and_another_order_of_batches_does(tmp_path):
     assert len(arrays["losses"]) == 300
     assert not kills.differences(arrays, desired)
 
-    # The last 50 steps once more, on the batches of the steps after them.
+    # Repeat the last 50 steps with the batches of the steps after them.
     folder, script = tmp_path / "off_by_one", tmp_path / "off_by_one.py"
     shutil.copytree(tmp_path / "whole" / "checkpoints", folder / "checkpoints")
     shutil.rmtree(folder / "checkpoints" / "7-bytes" / "300")

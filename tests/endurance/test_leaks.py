@@ -1,6 +1,6 @@
-"""Nothing grows in three thousand eager steps; what grows on purpose is seen.
+"""Nothing grows in three thousand eager steps, and growth on purpose is found.
 
-Every optimizer and format, 10,000 steps: `uv run tests/endurance/leaks.py`.
+All optimizers and formats over 10,000 steps: `uv run tests/endurance/leaks.py`.
 """
 
 import jax
@@ -18,11 +18,11 @@ def test_nothing_grows_in_3000_eager_steps(name):
         grown = growth(*CASES[name], 3000)
     assert grown.compiled == 0
     assert grown.arrays == 0
-    assert grown.blocks < 1000  # an object a step would be 3000
+    assert grown.blocks < 1000  # one object for each step would be 3000
 
 
-def test_what_grows_is_seen():
-    """States that are kept are arrays and objects; a closure that is new compiles anew."""
+def test_growth_is_found():
+    """Kept states add arrays and objects, and a new closure compiles again."""
     adam, kept = adam_jax.adam(1e-2), []
 
     def keeping(gradients, state, params):

@@ -1,11 +1,11 @@
-"""Long runs, 20,000 steps in place of a million: `long_runs.py` has what they are held to."""
+"""Long runs of 20,000 steps instead of a million; `long_runs.py` has their bounds."""
 
 import jax
 import jax.numpy as jnp
 import long_runs
 import numpy as np
 import pytest
-from long_runs import AT_RANDOM, CHECKPOINTS, FACTORS, FEW, PHASES
+from long_runs import CHECKPOINTS, FACTORS, FEW, PHASES, STOCHASTIC
 
 STEPS = 20_000
 LAST = 2**31 - 1
@@ -24,7 +24,7 @@ def test_the_state_follows_float64(name, ref):
     assert list(long_runs.misses(name, run, ref)) == []
     assert run.seconds.shape == (CHECKPOINTS,)
     assert np.all(np.diff(run.seconds) > 0)
-    # The check can fail: a state of other moments is found.
+    # The check can fail: it finds a state with other moments.
     for field in ("mu", "nu_max" if name == "amsgrad" else "nu"):
         other = run.moments | {field: 1.2 * run.moments[field]}
         found = list(long_runs.misses(name, run._replace(moments=other), ref))
@@ -32,7 +32,7 @@ def test_the_state_follows_float64(name, ref):
         assert all(miss.startswith(field[:2]) for miss in found)
 
 
-def test_the_reference_is_the_recursion_of_the_paper():
+def test_the_reference_equals_the_paper_s_recursion():
     steps = 2 * CHECKPOINTS
     ref = long_runs.reference(steps)
     m, v, v_max, u = np.zeros(4096), np.zeros(4096), np.zeros(FEW), np.zeros(FEW)
@@ -43,7 +43,7 @@ def test_the_reference_is_the_recursion_of_the_paper():
         v_max, u = np.maximum(v_max, v[:FEW]), np.maximum(0.999 * u, np.abs(g[:FEW]) + 1e-8)
         for actual, desired in zip(ref, (m, v, v_max, u), strict=True):
             if t % 2:
-                # Powers of b and sums are rounded otherwise, here and there.
+                # The two round powers of b and sums differently.
                 atol = 1e-14 * np.abs(desired).max()
                 np.testing.assert_allclose(actual[t // 2], desired, rtol=1e-12, atol=atol)
 
@@ -62,7 +62,7 @@ def test_gradients_are_the_same_in_jax_and_bfloat16():
 
 def test_bias_corrections_become_one():
     first, second = long_runs.unbiased_from()
-    # Less than half of 2^-24, the ulp below 1, is left of b^t.
+    # b^t is less than half of 2^-24, the ulp below 1.
     assert 0.9**first < 2.0**-24
     assert 0.999**second < 2.0**-24
     assert second < STEPS
@@ -70,7 +70,7 @@ def test_bias_corrections_become_one():
 
 @pytest.mark.slow
 @each_run
-def test_the_count_saturates_and_steps_go_on(name):
+def test_the_count_saturates_and_steps_continue(name):
     params, state = long_runs.from_count(LAST - 5, *long_runs.optimizers(0.1)[name], steps=10)
     counts = [
         x for path, x in jax.tree_util.tree_leaves_with_path(state) if long_runs.is_count(path)
@@ -78,22 +78,24 @@ def test_the_count_saturates_and_steps_go_on(name):
     assert len(counts) == (2 if name == "7 bytes" else 1)
     assert all(count == LAST for count in counts)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((params, state)))
-    assert jnp.mean(params == 1) < 0.1  # a bfloat16 may be there by chance
+    assert jnp.mean(params == 1) < 0.1  # a bfloat16 may return there by chance
 
 
-STAND_STILL = pytest.mark.xfail(reason="thresholds turn with the count, and stand where it stands")
+STAND_STILL = pytest.mark.xfail(
+    reason="thresholds turn with the count, and stand still when it does"
+)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=STAND_STILL if x in AT_RANDOM else []) for x in long_runs.BOUNDS],
+    [pytest.param(x, marks=STAND_STILL if x in STOCHASTIC else []) for x in long_runs.BOUNDS],
 )
-def test_moments_are_right_on_average_where_the_count_stands(name):
+def test_moments_stay_unbiased_while_the_count_is_saturated(name):
     optimizer = long_runs.optimizers(0.1)[name]
     early, late = (
         long_runs.weights_and_moments(*long_runs.from_count(start, *optimizer, steps=3000))[1]
         for start in (0, LAST)
     )
-    # Twice the 1% that either may be off by.
+    # Twice the 1% by which either may be off.
     np.testing.assert_allclose(late.nu.mean(), early.nu.mean(), rtol=0.02)

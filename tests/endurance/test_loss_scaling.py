@@ -1,6 +1,6 @@
-"""A network in float16 trains with a scaled loss, through steps that are not finite.
+"""A network in float16 trains with a scaled loss, in spite of steps that are not finite.
 
-`test_float16_with_a_scaled_loss` can be read as an example.
+`test_float16_trains_with_a_scaled_loss` can be read as an example.
 """
 
 import functools
@@ -24,12 +24,12 @@ from adam_jax import master_weights
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-# A training in float16
+# Training in float16
 
 
 @functools.cache
 def load_digits():
-    """4,000 images and their labels, and 1,000 that are held out."""
+    """Returns 4,000 images with labels, and 1,000 held-out ones."""
     pixels, labels = mnist_data()
     shuffled = np.random.default_rng(0).permutation(len(labels))
     images, labels = jnp.asarray(pixels[shuffled] / 255, jnp.float32), jnp.asarray(labels[shuffled])
@@ -52,7 +52,7 @@ class ScaledTrainState(TrainState):
     scale: DynamicScale
 
     def gradients(self, images, labels):
-        """Those of the loss times the scale, divided by it in float32."""
+        """Returns gradients of the loss times the scale, divided by the scale in float32."""
 
         def mean_loss(params):
             logits = self.apply_fn(params, images)
@@ -68,7 +68,7 @@ def train_step(state, images, labels):
 
 
 def train(dtype, optimizer, scale):
-    """Two epochs. Returns the last state, the accuracy and the number of bad steps."""
+    """Trains two epochs. Returns the last state, the accuracy and the number of bad steps."""
     (images, labels), (held_out_images, held_out_labels) = load_digits()
     network = Network(dtype)
     state = ScaledTrainState.create(
@@ -94,12 +94,12 @@ def train(dtype, optimizer, scale):
 
 
 @pytest.mark.full
-def test_float16_with_a_scaled_loss():
+def test_float16_trains_with_a_scaled_loss():
     adamw = adam_jax.adamw(3e-3, mu_dtype="int8", nu_dtype="int8")
     in_seven_bytes = master_weights(adamw, "int8")
     _, float32, _ = train("float32", adam_jax.adamw(3e-3), 1.0)
     _, bfloat16, bad_bfloat16 = train("bfloat16", in_seven_bytes, 1.0)
-    # The first scale is too large: gradients are infinite until it has come down.
+    # The first scale is too large: gradients are infinite until it has decreased.
     state, float16, bad_float16 = train("float16", in_seven_bytes, 2.0**28)
     assert bad_bfloat16 == 0
     assert bad_float16 >= 5
@@ -109,6 +109,6 @@ def test_float16_with_a_scaled_loss():
     assert {p.dtype for p in params} == {np.dtype("float16")}
     assert np.any(optax.tree.get(state.opt_state, "remainder")["params"]["Dense_0"]["kernel"])
     assert float32 > 0.85
-    # Two deviations of a share of 0.9 of 1,000 digits.
+    # Two standard deviations of an accuracy of 0.9 on 1,000 digits.
     assert abs(bfloat16 - float32) < 0.02
     assert abs(float16 - float32) < 0.02

@@ -1,6 +1,6 @@
-"""Data-parallel training with ZeRO-1: how many processes and devices changes no bit of it.
+"""The number of processes and devices changes no bit of data-parallel training with ZeRO-1.
 
-Each training is train_processes.py, in processes of its own, which jax.distributed connects.
+Each run executes train_processes.py in separate processes, which jax.distributed connects.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 from covering import first
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 180  # seconds for one training; it takes about ten
+TIMEOUT = 180  # seconds for one run, which takes about ten
 
 
 def free_port():
@@ -26,10 +26,10 @@ def free_port():
 
 
 def run(directory, optimizer, *, processes, devices, victim=None):
-    """Trains until all processes have ended or one has failed, when the others are stopped.
+    """Trains until all processes have ended. If one fails, it stops the others.
 
-    Each has so many devices, and the victim kills itself before the eighth step. Returns the exit
-    codes, None for a process that had to be stopped, and what they printed.
+    Each has `devices` devices, and the victim kills itself before the eighth step. Returns the exit
+    codes, None for a process that had to be stopped, and the processes' output.
     """
     directory.mkdir(exist_ok=True)
     script = Path(__file__).with_name("train_processes.py")
@@ -67,7 +67,7 @@ def run(directory, optimizer, *, processes, devices, victim=None):
 
 
 def train(directory, optimizer, *, processes, devices):
-    """What each process has at the end of a training."""
+    """Returns each process's results at the end of a run."""
     codes, printed = run(directory, optimizer, processes=processes, devices=devices)
     assert codes == [0] * processes, printed
     results = []
@@ -78,7 +78,7 @@ def train(directory, optimizer, *, processes, devices):
 
 
 def assert_same_bits(results, desired, *, first=0):
-    """The same parameters, the same state, and the same losses from the first step on."""
+    """Asserts the same parameters, the same state, and the same losses from the first step on."""
     assert results.keys() == desired.keys()
     np.testing.assert_array_equal(results["losses"], desired["losses"][first:])
     for name in results:
@@ -93,7 +93,7 @@ def optimizer(request):
 
 @pytest.fixture(scope="module")
 def alone(optimizer, tmp_path_factory):
-    """One process with four devices."""
+    """Returns the results of one process with four devices."""
     directory = tmp_path_factory.mktemp("alone")
     (results,) = train(directory, optimizer, processes=1, devices=4)
     return results
@@ -118,12 +118,12 @@ def test_two_processes_train_as_one_does(optimizer, alone, tmp_path):
     assert alone["losses"][-1] < alone["losses"][0]
 
 
-def test_a_killed_training_continues_on_another_number_of_devices(optimizer, alone, tmp_path):
-    # Process 0 is the one that coordinates the others, and writes the checkpoint's metadata.
+def test_a_killed_run_continues_on_another_number_of_devices(optimizer, alone, tmp_path):
+    # Process 0 coordinates the others, and writes the checkpoint's metadata.
     victim, devices = {"float32": (0, 1), "int8": (1, 8)}[optimizer]
     codes, printed = run(tmp_path, optimizer, processes=2, devices=2, victim=victim)
     assert codes[victim] == -signal.SIGKILL, printed
-    assert not list(tmp_path.glob("*.npz"))  # nor has the other come to an end
+    assert not list(tmp_path.glob("*.npz"))  # the other process has not finished either
     (results,) = train(tmp_path, optimizer, processes=1, devices=devices)
     # From the later of two checkpoints, after six steps: the seventh is made again.
     assert_same_bits(results, alone, first=6)

@@ -1,12 +1,12 @@
-"""Trains in torch, then here, then in torch again, and compares with a training that stays there.
+"""Trains in torch, then here, then in torch again, and compares with a run that stays in torch.
 
     uv run --with torch tests/endurance/torch_round_trip.py
 
-test_torch.py does without torch and with recorded numbers; this is what it cannot do. For each of
-torch's optimizers, with parameter groups, the network and the digits of golden/: 20 steps in torch,
-20 in Flax, 20 in torch. The table says how far weights and moments end from those of 60 steps in
-torch, in double precision, over the largest of each array. Then moments of a network in bfloat16
-go here and back, where no bit may change: bfloat16 fits into float32.
+test_torch.py works without torch, with recorded numbers; this script runs torch. For each of
+torch's optimizers, with parameter groups, the network and the digits of golden/, it makes 20 steps
+in torch, 20 in Flax and 20 in torch. The table shows how far weights and moments end from 60 steps
+in torch, in double precision, relative to the largest of each array. Then moments of a network in
+bfloat16 make a round trip, in which no bit may change: bfloat16 fits into float32.
 """
 
 import sys
@@ -39,7 +39,7 @@ def train(network, optimizer, steps):
 
 
 def in_order(network, optimizer):
-    """The parameters by name, in the order in which the optimizer was given them."""
+    """Returns the parameters by name, in the optimizer's order."""
     names = {param: name for name, param in network.named_parameters()}
     return {names[p]: p.detach() for group in optimizer.param_groups for p in group["params"]}
 
@@ -49,7 +49,7 @@ def difference(actual, desired):
 
 
 def round_trip(name):
-    """How far weights and moments are from those of a training that never left torch."""
+    """Returns how far weights and moments are from a run that never left torch."""
     make, groups, arguments = there.OPTIMIZERS[name]
     stays = there.make_network()
     optimizer = make(groups(stays), **arguments)
@@ -78,7 +78,7 @@ def round_trip(name):
 
 
 def bits_that_change(name):
-    """Of the moments of a network in bfloat16, on the way here and back."""
+    """Counts changed bits in the moments of a bfloat16 network, after a round trip."""
     make, groups, arguments = there.OPTIMIZERS[name]
     network = there.make_network().bfloat16()
     optimizer = make(groups(network), **arguments)

@@ -1,11 +1,11 @@
 """Trains a small network data-parallel, on all devices of all processes: see test_processes.py.
 
-Every process runs this script, with a number of its own. Parameters are replicated, the optimizer's
-state is partitioned (ZeRO-1), and if there is a checkpoint in the directory, the run continues from
-the latest, whatever number of processes and devices wrote it.
+Every process runs this script, with its own number. Parameters are replicated, the optimizer's
+state is divided (ZeRO-1), and if the directory has checkpoints, the run continues from the latest,
+which any number of processes and devices may have written.
 
-What is added up over devices is rounded differently on another number of them, or where something
-else connects them. Nothing else may depend on that, and to show it, this script adds integers.
+Sums over devices round differently on another number of devices, or with other connections. Nothing
+else may depend on that, and to show it, this script adds integers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ STEPS = 10
 SAVE_EVERY = 3
 PARTS, ROWS = 16, 8  # a batch: one part or more for each device
 FEATURES, HIDDEN, CLASSES = 63, 128, 32  # 63 rows of weights can't be divided, their columns can
-UNIT = 2.0**-22  # of losses and gradients; they may be up to 32 on average before int32 overflows
+UNIT = 2.0**-22  # of losses and gradients, which may average up to 32 before int32 overflows
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, STEPS)
 ADAMW = functools.partial(adam_jax.adamw, SCHEDULE)
@@ -49,14 +49,14 @@ def init_params(dtype):
 
 
 def part_of_batch(step, part):
-    """Random inputs, and the classes that a linear teacher finds in them."""
+    """Returns random inputs, and the classes that a linear teacher finds in them."""
     teacher = np.random.default_rng(1).standard_normal((FEATURES, CLASSES), np.float32)
     inputs = np.random.default_rng((step, part)).standard_normal((ROWS, FEATURES), np.float32)
     return inputs, np.argmax(inputs @ teacher, axis=-1).astype(np.int32)
 
 
 def batch(step, sharding):
-    """A batch on all devices, of which each process makes its own parts alone."""
+    """Returns a batch on all devices; each process makes only its own parts."""
     parts = np.split(np.arange(PARTS), jax.process_count())[jax.process_index()]
     arrays = zip(*(part_of_batch(step, part) for part in parts), strict=True)
     return [jax.make_array_from_process_local_data(sharding, np.stack(x)) for x in arrays]
@@ -70,13 +70,13 @@ def loss_of(params, inputs, labels):
 
 
 def loss_and_gradients(mesh, params, inputs, labels):
-    """Means over the parts of a batch: the same bits wherever the parts are."""
+    """Returns means over the parts of a batch, with the same bits wherever the parts are."""
 
     def of_part(params, inputs, labels):
         outcome = jax.value_and_grad(loss_of)(params, inputs, labels)
         return jax.tree.map(lambda x: jnp.round(x.astype(jnp.float32) / UNIT), outcome)
 
-    # Unchecked, since the check has gradients of replicated parameters summed before we round.
+    # Unchecked: the check would sum gradients of replicated parameters before we round.
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
@@ -85,7 +85,7 @@ def loss_and_gradients(mesh, params, inputs, labels):
         check_vma=False,
     )
     def sums(params, inputs, labels):
-        # A loop, because the product of larger matrices may add up in another order.
+        # A loop, because the product of larger matrices may sum in another order.
         parts = jax.lax.map(lambda part: of_part(params, *part), (inputs, labels))
         local = jax.tree.map(lambda x: jnp.sum(x.astype(jnp.int32), axis=0), parts)
         return jax.lax.psum(local, "data")
@@ -136,7 +136,7 @@ def train(directory, name, dies_at):
 
 
 def write(directory, tree, losses, replicated):
-    """The bits of all leaves, and how many elements each device of this process has of them."""
+    """Writes the bits of all leaves, and how many of their elements each device here has."""
     results: dict[str, Any] = {"losses": np.array(losses, np.float32)}
     whole = jax.jit(lambda tree: tree, out_shardings=replicated)(tree)
     for (path, x), y in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(whole), strict=True):
