@@ -191,7 +191,7 @@ def test_rescaling_by_any_factor_changes_only_rounding_without_eps():
     )
 
 
-def test_rescaling_with_eps_changes_nothing_while_gradients_are_larger():
+def test_rescaling_with_eps_changes_only_steps_of_small_gradients():
     optimizer, g = adam_jax.scale_by_adam(eps=1e-8), normal(100, 50)
     g = np.sign(g) * (0.5 + np.abs(g))
     steps = directions(optimizer, g)[0]

@@ -359,7 +359,7 @@ def nu_over_steps(codec, carry, inputs, base, b2):
 
 
 def words_for(codec, step, nu):
-    """Returns what a leaf's nu draws at a step in this format."""
+    """Returns the random words of a leaf's nu at a step in this format."""
     one = draw_at(step)
     return one.in_turn(nu) if isinstance(codec, Int8Nu) else one.independent(nu)
 

@@ -578,7 +578,7 @@ def test_steps_work_with_donation_and_in_shard_map(remainder):
     chex.assert_trees_all_equal(result, (optax.apply_updates(params, desired[0]), desired[1]))
 
 
-# What is compiled
+# Compilation
 
 
 def is_jaxpr(x):

@@ -150,7 +150,7 @@ def test_updates_land_on_the_nearest_number(dtype, remainder):
 
 
 def test_a_step_that_cancels_lands_where_it_can():
-    """1 - 2^-24 minus 1 is -2^-24, and no float32 update takes the parameter 1 there."""
+    """1 - 2^-24 minus 1 is -2^-24, and no float32 update moves the parameter 1 there."""
     optimizer, run = given_steps("int16")
     params, state = start(optimizer, np.array([1 - 2.0**-24], np.float32), "bfloat16")
     assert params == 1

@@ -125,7 +125,7 @@ def test_no_element_repeats_another():
         assert np.unique(words_of(1, np.int32(2), way=way)).size == ELEMENTS
 
 
-BLOCK = 32  # steps for which a phase turns before it starts anew
+BLOCK = 32  # steps for which a phase turns before it restarts
 
 
 @functools.cache
@@ -149,7 +149,7 @@ def test_a_turned_phase_fills_the_circle_evenly(half):
         assert np.max(gaps) < 1.9 / n + n * 2.0**-13
 
 
-def test_every_block_of_turns_starts_anew():
+def test_every_block_of_turns_starts_in_a_new_place():
     """Blocks start in uniform, independent places, and half of them turn backwards."""
     words = turned_over_blocks(4096, 1)[..., 0]
     starts = words[:, 0]

@@ -62,11 +62,11 @@ def collectives(compiled):
 
 
 @each_layout
-def test_zero_1_communicates_only_parameters(row):
+def test_zero_1_gathers_only_parameters(row):
     """Parameters are replicated, each device stores part of the state, and results are the same.
 
-    Only parameters are gathered, and nothing else is communicated. Between steps, state may be in
-    host memory, from which the device can copy it (on a CPU the two memories are the same).
+    A step gathers parameters and communicates nothing else but maxima of rows. Between steps, state
+    may be in host memory, from which the device can copy it (on a CPU the two are the same).
     """
     optimizer, dtype = row.make(**EXACT), row.param_dtype
     params, gradients = jax.device_put((random(0, dtype), random(1, dtype)), on(MESH))

@@ -45,8 +45,8 @@ class Instruction:
     arrays: tuple[Array, ...]  # of its result; several for a tuple
     operation: str
     operands: tuple[str, ...]  # names
-    literal: str  # what is between the parentheses
-    attributes: str  # what follows them
+    literal: str  # the text between the parentheses
+    attributes: str  # the text after them
 
     def attribute(self, name, pattern=r"%?([\w.-]+)"):
         found = re.search(rf"\b{name}={pattern}", self.attributes)

@@ -94,7 +94,7 @@ def covering(settings):
 
 
 def faults(compiled, params, state, gradients_read_twice):
-    """Returns what is wrong with a compiled step, in words.
+    """Returns the faults of a compiled step, in words.
 
     `gradients_read_twice` lists the leaves whose gradients may be read once more, for the largest
     of each row. An array is taken for the leaf that has its size.

@@ -64,7 +64,7 @@ def test_temporaries_of_many_leaves_come_from_prefetching(kind):
     assert faults_of("v5e", kind, params, xla_vf_vmem_max_outstanding_prefetches="0") == []
 
 
-# The checks find what they look for.
+# The checks find the faults that they look for.
 
 
 def faults_of_broken(target, transform, setting=None, **options):

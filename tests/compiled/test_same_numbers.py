@@ -61,7 +61,7 @@ def disagreements(x, y):
 
 
 def naive_remainder(x):
-    """Returns what a cast to bfloat16 loses; XLA for GPU removes the casts."""
+    """Returns the part that a cast to bfloat16 loses; XLA for GPU removes the casts."""
     return x - x.astype(jnp.bfloat16).astype(jnp.float32)
 
 

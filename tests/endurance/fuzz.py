@@ -433,7 +433,7 @@ def mode_of(case):
 
 
 def run_case(case, tally, *, make=make, wrong=3):
-    """Runs and checks one case, and counts what was tried."""
+    """Runs and checks one case, and counts it."""
     with mode_of(case):
         rng = np.random.default_rng(case.seed)
         optimizer = make(case)
@@ -454,10 +454,10 @@ def run_case(case, tally, *, make=make, wrong=3):
         for i in rng.permutation(len(inputs))[:wrong]:
             inputs[i].check()
             tally["wrong inputs, by kind", inputs[i].kind] += 1
-    count_what_was_tried(case, chunks * case.steps, tally)
+    count_case(case, chunks * case.steps, tally)
 
 
-def count_what_was_tried(case, updates, tally):
+def count_case(case, updates, tally):
     tally["all", "cases"] += 1
     tally["all", "updates"] += updates
     tally["all", "updates of a leaf"] += updates * sum(leaf.trained for leaf in case.leaves)
@@ -478,7 +478,7 @@ def count_what_was_tried(case, updates, tally):
         tally["updates of a leaf, by dtypes of parameter and gradient", key] += updates
 
 
-# ---------------------------------------------------------------- what is checked
+# ---------------------------------------------------------------- checks
 
 
 def has_moments(x):
@@ -686,7 +686,7 @@ def saturated(g, limit):
     return np.clip(g, -limit, limit)
 
 
-# ---------------------------------------------------------------- what is not finite, and errors
+# ---------------------------------------------------------------- infinity, NaN and errors
 
 
 def check_spoilt(rng, case, run, first, params, state, count, tally):
@@ -723,7 +723,7 @@ def check_spoilt(rng, case, run, first, params, state, count, tally):
                     check_unaffected(f"{name} of leaf {i}", x, y, affected if i == chosen else None)
         if case.wrapper in OURS or case.remainder:
             after = bad["updates"][chosen][1:, where]
-            assert not np.isfinite(after).any(), "what is not finite is hidden"
+            assert not np.isfinite(after).any(), "an infinity or a NaN is hidden"
     return 2
 
 
@@ -749,7 +749,7 @@ def check_unaffected(name, x, y, affected):
         affected = affected.any(axis=-1, keepdims=True)
     if affected is None or same.shape != affected.shape:
         affected = np.zeros(same.shape, bool)
-    assert same[~affected].all(), f"{name}: more has changed than what is not finite"
+    assert same[~affected].all(), f"{name}: more has changed than affected coordinates"
 
 
 class Wrong(NamedTuple):

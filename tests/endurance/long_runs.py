@@ -29,7 +29,7 @@ B1, B2, EPS = 0.9, 0.999, 1e-8
 SHAPE = (128, 32)  # the smallest leaf that is stored in int8
 FEW = 64  # coordinates, for references that need every step's v
 CHECKPOINTS = 100
-JUMP = 2.0**34  # 1.7e10; a power of two, so that every gradient is a bfloat16
+JUMP = 2.0**34  # 1.7e10; with a power of two every gradient is a bfloat16
 PHASES = {  # the first checkpoint, and the factor of gradients
     "ordinary": (0, 1.0),
     "jump": (30, JUMP),

@@ -9,10 +9,10 @@
 writes one JSON file per optimizer next to this script. A file has the peer and its version, the
 initial parameters, the gradients of every step and, for each setting, the hyperparameters (read
 back from the peer and under our names) and the parameters after every step. All of it is double
-precision, written so that it reads back exactly. The gradients are given rather than computed
-from the parameters, so an error at one step cannot hide in the next.
+precision and reads back exactly. The gradients are given rather than computed from the parameters,
+so an error at one step cannot hide in the next.
 
-Two peers are set so that they do the same as our function of the same name:
+Settings make two peers do the same as our function of the same name:
 
 - torch's NAdam warms b1 up by the factor 1 - 0.96^(t momentum_decay) / 2. With a momentum_decay
   of 1e9 the power underflows to 0 and b1 is constant, as it is here and in optax.
@@ -101,8 +101,8 @@ def run_keras(
     return hyperparameters, params
 
 
-# File name: peer, what every setting needs, and what the setting "other" adds. Between them the
-# others have b1 and b2 on either side of 1/2 and an eps of any weight.
+# File name: peer, arguments of every setting, and further arguments of the setting "other". Between
+# them the others have b1 and b2 on either side of 1/2 and an eps of any weight.
 TORCH = {
     "torch_adam": (
         torch.optim.Adam,

@@ -9,7 +9,7 @@
 writes torch_sparse_adam.json next to this script: the peer and its version, the initial table, for
 every step the ids whose rows get a gradient and a gradient for each id and, for each setting, the
 hyperparameters (read back from the peer and under our names) and the table after every step. All of
-it is double precision, written so that it reads back exactly.
+it is double precision and reads back exactly.
 
 Each step has equally many ids. Some are equal, and their gradients are summed. Row 0 gets a
 gradient at every step, rows 1 to 7 often, 8 at every seventh step, 9 at every sixteenth, 10 at one

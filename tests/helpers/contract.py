@@ -27,7 +27,7 @@ def gradients_of(params, steps=None, seed=1):
 
 
 def run_eagerly(optimizer, params, gradients):
-    """Does the same step by step. All runs of an optimizer share what is compiled for a leaf."""
+    """Does the same step by step. All runs of an optimizer share its compiled programs."""
     state, updates = optimizer.init(params), []
     for i in range(len(jax.tree.leaves(gradients)[0])):
         u, state = optimizer.update(jax.tree.map(lambda g, i=i: g[i], gradients), state, params)

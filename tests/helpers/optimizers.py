@@ -68,7 +68,7 @@ class Row:
 
     @property
     def algorithm(self):
-        """The name without what algorithms share: scaling alone, and weight decay."""
+        """The name without marks of scaling alone (`scale_by_`) and of weight decay (`w`)."""
         return self.name.removeprefix("scale_by_").removesuffix("w")
 
     @property
