@@ -157,7 +157,7 @@ ORDERS = {
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @each_remainder
 def test_float32_weights_are_averaged(remainder, dtype, order):
-    """Averages float32 weights, not the rounded parameters, and stores the average in float32."""
+    """Averages float32 weights, not rounded parameters. Given weights, it returns float32."""
     steps, size = 40, 4096
     start = {"low": 1 + random((size,)), "wide": 1 + random((3,), seed=1)}
     params = jax.tree.map(jnp.asarray, start | {"low": start["low"].astype(dtype)})

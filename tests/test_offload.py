@@ -202,7 +202,7 @@ def test_state_on_the_device_stays_there():
 
 
 def test_gradient_release_fetches_layers_one_by_one():
-    """`value_and_update` fetches layers one by one, and so the other leaves."""
+    """`value_and_update` fetches layers one by one, and also the other leaves."""
     shapes = {"stack": (4, 16, 16), "head": (16, 8), "tail": (8,)}
     layers = {"stack": True, "head": False, "tail": False, "none": None}
 
@@ -266,7 +266,7 @@ def test_readers_find_a_state_in_host_memory():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_mesh_divides_the_state_in_host_memory(kind):
-    """On a mesh, host memory holds the state divided as the devices would."""
+    """On a mesh, the state is divided in host memory as it is on the devices."""
     shapes = {"w": (64, 128), "b": (128,)}
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     replicated = NamedSharding(mesh, PartitionSpec())

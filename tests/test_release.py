@@ -1,4 +1,4 @@
-"""Gradient release gives the plain step's numbers and refuses everything else."""
+"""Gradient release gives the plain step's numbers and refuses what it cannot update."""
 
 import functools
 import re

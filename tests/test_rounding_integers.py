@@ -66,7 +66,7 @@ def split_in_numpy(x, dtype, width, noise):
     infinity = int(np.array(np.inf, LOW[dtype]).view(np.uint16))
     added = part // 2 if noise is None else noise // 2 ** (16 + width)
     parts = (words_of(x, dtype, noise) + added) // part
-    # Numbers beyond the largest finite one with the largest remainder become it, with none.
+    # Beyond the largest number with the largest remainder: the largest number with none.
     largest = (infinity * 2**16 - 0x8001) // part
     beyond = words_of(x, dtype, None) > largest * part
     parts = np.where(beyond, (infinity - 1) * 2**16 // part, parts)

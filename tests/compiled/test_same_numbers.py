@@ -28,7 +28,7 @@ def test_the_program_agrees_with_the_cpu(target, setting):
     params = random(setting.params(SHAPES), 0)
     state = setting.optimizer().init(params)
     step = setting.step()
-    params, state = step(params, state, random(params, 1))  # after a step no state is zero
+    params, state = step(params, state, random(params, 1))  # state is then no longer zero
     gradients = random(params, 2)
     program = Program(compile_for(target, step, params, state, gradients).as_text())
     results = program.run(*map(np.asarray, jax.tree.leaves((params, state, gradients))))

@@ -36,7 +36,7 @@ def test_vmap_over_hyperparameters_equals_separate_runs(row):
     for i in range(3):
         optimizer = row.make(**{k: float(x[i]) for k, x in settings.items()})
         alone, _ = run_eagerly(optimizer, params, gradients)
-        # b2 = 0.999 as a float32 tracer changes 1 - b2 by 1e-5 of itself, and the update by half.
+        # b2 = 0.999 as a float32 tracer changes 1 - b2 by 1e-5 of itself, the update by half that.
         tolerance = max(2e-5, row.storage_error)
         assert_close(jax.tree.map(lambda u, i=i: u[i], together), alone, tolerance)
 

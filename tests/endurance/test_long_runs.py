@@ -43,7 +43,7 @@ def test_the_reference_equals_the_paper_s_recursion():
         v_max, u = np.maximum(v_max, v[:FEW]), np.maximum(0.999 * u, np.abs(g[:FEW]) + 1e-8)
         for actual, desired in zip(ref, (m, v, v_max, u), strict=True):
             if t % 2:
-                # The two round powers of b and sums differently.
+                # Reference and recursion round powers of b and sums differently.
                 atol = 1e-14 * np.abs(desired).max()
                 np.testing.assert_allclose(actual[t // 2], desired, rtol=1e-12, atol=atol)
 

@@ -151,7 +151,7 @@ KERAS = {
 
 def main() -> None:
     """Writes every file."""
-    # Otherwise torch's NAdam keeps the product of its b1 in float32, and Keras keeps everything so.
+    # With the default, NAdam's product of b1 would be float32 in torch, and all numbers in Keras.
     torch.set_default_dtype(torch.float64)
     keras.config.set_floatx("float64")
 
