@@ -1,45 +1,44 @@
-"""What gradient accumulation needs on the device, by the compiler's account, in several ways.
+"""Memory of gradient accumulation on the device, by the compiler's account, in several ways.
 
-    uv run --group compilers benchmarks/accumulation.py --target v5e
-    uv run --group compilers benchmarks/accumulation.py --target h100
+    uv run --group compilers benchmarks accumulation --target v5e
+    uv run --group compilers benchmarks accumulation --target h100
 
-A stack of 16 layers is scanned, with `jax.checkpoint` around each layer, and trained with weights,
-gradients and state in 7 bytes per parameter. A program makes a step of 8 microbatches. With
-`optax.MultiSteps` it is called with each microbatch. Parameters and state are donated.
-The columns, in bytes per parameter:
+The model is a stack of 16 layers, scanned, with `jax.checkpoint` around each layer, and trained in
+7 bytes per parameter. A program makes a step of 8 microbatches; with `optax.MultiSteps` it is
+called with each microbatch. Parameters and state are donated. The columns, in bytes per parameter:
 
 - arguments: parameters and state, with the sums that `optax.MultiSteps` keeps there;
-- temporaries: all else, gradients and activations included;
-- peak: both. Results are written over the arguments.
+- temporaries: everything else, gradients and activations included;
+- peak: both together. Results are written over the arguments.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from release import MODELS, OPTIMIZERS
-from targets import compile_for, parse_target
+from command import parse_target, parser
+from release import MODELS, arguments
+from settings import RATE, Setting, settings, with_optax
+from tables import head, line
+from targets import Memory, compile_for, count, memory
 from tqdm import tqdm
 
 import adam_jax
 
 MODEL = MODELS["mlp"]
 NUMBER = 8  # of microbatches
-LAYERS = 16
-OPTIMIZER, DTYPE = OPTIMIZERS["7 bytes"]
 
 
 def accumulated(buffer: str, layers: bool) -> Callable[..., Any]:
-    """Returns the gradients of ours."""
+    """Returns the function of `accumulated_value_and_grad`."""
     differentiated = adam_jax.accumulated_value_and_grad(MODEL.loss, layers=layers, buffer=buffer)
     return lambda params, x: differentiated(params, x, step=jnp.int32(0))
 
 
 def with_microbatch(dtype: Any) -> Callable[..., Any]:
-    """Returns the gradients of `optax.microbatch`, which adds up what it is given."""
+    """Returns the function of `optax.microbatch`, which adds in the gradients' dtype."""
 
     def differentiated(params: Any, x: jax.Array) -> Any:
         value, gradients = jax.value_and_grad(MODEL.loss)(params, x[0])
@@ -49,72 +48,51 @@ def with_microbatch(dtype: Any) -> Callable[..., Any]:
     return optax.microbatch(differentiated, argnums=1, microbatch_size=1, accumulator=mean)
 
 
-def of_one(params: Any, x: jax.Array) -> Any:
-    """Returns the gradients of one microbatch."""
-    return jax.value_and_grad(MODEL.loss)(params, x[0])
+def loss_of_one(params: Any, x: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
+    """Returns the loss of one microbatch."""
+    return MODEL.loss(params, x[0], scan)
 
 
-def of_gradients(optimizer: optax.GradientTransformation, differentiated: Any) -> Any:
-    """Returns a step from a function that returns the loss and all gradients."""
-
-    def step(params: Any, state: Any, microbatches: jax.Array) -> tuple[Any, Any, Any]:
-        value, gradients = differentiated(params, microbatches)
-        updates, state = optimizer.update(gradients, state, params)
-        return value, optax.apply_updates(params, updates), state
-
-    return step
-
-
-def released(optimizer: optax.GradientTransformation) -> Any:
-    """Returns a step with gradient release, called with each microbatch."""
-    step = adam_jax.value_and_update(MODEL.loss, optimizer, layers=True)
-    return lambda params, state, x: step(params, state, x[0])
-
-
-def ways() -> dict[str, tuple[optax.GradientTransformation, Any]]:
-    """Returns the optimizer and the step of each way."""
-    int8 = adam_jax.adamw(1e-3, mu_dtype="int8", nu_dtype="int8")
-    inside = adam_jax.master_weights(
-        optax.MultiSteps(int8, NUMBER).gradient_transformation(), "int8"
-    )
-    around = optax.MultiSteps(OPTIMIZER, NUMBER).gradient_transformation()
-    gradients = {"one batch, no accumulation": of_one}
+def ways() -> dict[str, tuple[Setting, Any]]:
+    """Returns the setting and the step of each way."""
+    seven = settings("adamw")["7 bytes"]
+    gradients = {"one batch, no accumulation": jax.value_and_grad(loss_of_one)}
     for layers in (True, False):
         for buffer in ("bfloat16", "float32"):
             name = f"accumulated_value_and_grad, {'layers=True, ' if layers else ''}{buffer}"
             gradients[name] = accumulated(buffer, layers)
     for dtype in ("bfloat16", "float32"):
         gradients[f"optax.microbatch, {dtype}"] = with_microbatch(dtype)
-    found: dict[str, tuple[optax.GradientTransformation, Any]] = {
-        name: (OPTIMIZER, of_gradients(OPTIMIZER, f)) for name, f in gradients.items()
-    }
-    return found | {
-        "optax.MultiSteps around master_weights, bfloat16": (around, of_gradients(around, of_one)),
-        "optax.MultiSteps inside master_weights, float32": (inside, of_gradients(inside, of_one)),
-        "the same with value_and_update": (inside, released(inside)),
-    }
+    found = {name: (seven, seven.step_with(f)) for name, f in gradients.items()}
+
+    def multi_steps(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.MultiSteps(optimizer, NUMBER).gradient_transformation()
+
+    int8 = adam_jax.adamw(RATE, mu_dtype="int8", nu_dtype="int8")
+    around = with_optax(multi_steps(seven.optimizer), seven.dtype)
+    inside = with_optax(adam_jax.master_weights(multi_steps(int8), "int8"), seven.dtype)
+    for name, setting in {
+        "optax.MultiSteps around master_weights, bfloat16": around,
+        "optax.MultiSteps inside master_weights, float32": inside,
+        "the same with value_and_update": inside._replace(released=True),
+    }.items():
+        found[name] = setting, setting.train_step(loss_of_one)
+    return found
 
 
-def account(target: str, optimizer: optax.GradientTransformation, step: Any) -> list[str]:
-    """Returns the cells of a row of the table."""
-    params = MODEL.params(LAYERS, DTYPE)
-    state = jax.eval_shape(optimizer.init, params)
-    batch = jax.ShapeDtypeStruct((NUMBER, *MODEL.batch), DTYPE)
+def account(target: str, setting: Setting, step: Any, layers: int = 16) -> Memory:
+    """Returns the memory of a step in bytes per parameter."""
+    params, state, batch = arguments(MODEL, layers, setting)
+    batch = jax.ShapeDtypeStruct((NUMBER, *batch.shape), batch.dtype)
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    memory = compile_for(target, jitted, params, state, batch).memory_analysis()
-    size = sum(x.size for x in jax.tree.leaves(params))
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return [f"{x / size:.2f}" for x in (arguments, temporaries, arguments + temporaries)]
+    return memory(compile_for(target, jitted, params, state, batch)).per(count(params))
 
 
 def main() -> None:
-    """Prints the table in markdown; progress goes to stderr."""
-    parser = ArgumentParser(description="Compares ways to accumulate gradients.")
-    options = parse_target(parser)
-    print(f"| {options.target} | arguments | temporaries | peak |\n|---|---:|---:|---:|")
+    """Prints a table row by row."""
+    options = parse_target(parser("accumulation", __doc__))
+    print(head(f"bytes per parameter, {options.target}", ["arguments", "temporaries", "peak"]))
     for name, way in tqdm(ways().items(), leave=False):
-        print(f"| {name} | {' | '.join(account(options.target, *way))} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        found = account(options.target, *way, layers=2 if options.small else 16)
+        sizes = found.arguments, found.temporaries, found.peak
+        print(line(name, [f"{x:.2f}" for x in sizes]), flush=True)

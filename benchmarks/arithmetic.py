@@ -1,19 +1,18 @@
 """Counts the arithmetic of a step for each element, in the compiled program.
 
-    python benchmarks/arithmetic.py
-    python benchmarks/arithmetic.py --target h100
-    python benchmarks/arithmetic.py --sass
+    uv run benchmarks arithmetic
+    uv run --group compilers benchmarks arithmetic --target h100
+    uv run --group compilers benchmarks arithmetic --sass
 
-The first two count operations in XLA's optimized program, in all of its passes: those on arrays of
-the leaf's own shape. An operation that a backend computes twice counts twice.
+The first two count operations in XLA's optimized program, in all of its passes over arrays of the
+leaf's own shape. An operation that a backend computes twice counts twice.
 
---sass counts the machine instructions that an H100 executes, in all of a step's kernels, the row
-maxima among them. Kernels for rows and scalars count too and come to almost nothing. This needs
-NVIDIA's compilers but no GPU: uv run --group compilers benchmarks/arithmetic.py --sass. For how
-it counts see sass.py. The kinds of instructions:
+With --sass, counts the machine instructions that an H100 executes in all kernels of a step. Kernels
+for rows and scalars count too, and come to almost nothing. This needs NVIDIA's compilers but no
+GPU; `sass.py` describes how it counts. The kinds of instructions:
 
     float       additions and multiplications of floating-point numbers
-    integer     integer arithmetic, shifts and logic; with these the compiler also moves values
+    integer     integer arithmetic, shifts and logic; the compiler also moves values with these
     comparison  comparisons, selects, minima and maxima
     conversion  conversions between formats, and rounding to integers
     special     approximate reciprocals, square roots, exponentials and so on
@@ -21,8 +20,8 @@ it counts see sass.py. The kinds of instructions:
     other       moves, shuffles, barriers, exits
 
 At 12 bytes per parameter an H200 (4.8 TB/s, 132 multiprocessors of 128 lanes, 1.75 GHz) has time
-for some 75 instructions for each element before arithmetic and no longer memory sets the pace; for
-half as many if they are integer operations, comparisons and conversions, and for 10 of its
+for some 75 instructions for each element before arithmetic, and no longer memory, sets the pace;
+for half as many if they are integer operations, comparisons and conversions, and for 10 of its
 special-function units (a square root, a division or an exponential is one or more). A TPU v5e is
 much alike.
 """
@@ -33,8 +32,10 @@ import re
 
 import jax
 import sass
+from command import parse_target, parser
 from settings import Setting, settings
-from targets import compile_for, parse_target
+from tables import table
+from targets import compile_for
 from tqdm import tqdm
 
 SHAPE = (4096, 4096)
@@ -63,7 +64,7 @@ def count(setting: Setting, target: str) -> collections.Counter[str]:
 
 
 def operations(text: str) -> collections.Counter[str]:
-    """Counts operations of each kind, apart for floating-point numbers and integers."""
+    """Counts operations of each kind, floating-point numbers and integers separately."""
     counts: collections.Counter[str] = collections.Counter()
     for dtype, shape, operation in INSTRUCTION.findall(text):
         if shape != ",".join(map(str, SHAPE)):
@@ -76,9 +77,9 @@ def operations(text: str) -> collections.Counter[str]:
 
 
 def main() -> None:
-    """Compiles every setting and prints a table in markdown; progress goes to stderr."""
-    parser = argparse.ArgumentParser(description="Counts a step's operations for each element.")
-    parser.add_argument(
+    """Compiles every setting and prints a table."""
+    arguments = parser("arithmetic", __doc__)
+    arguments.add_argument(
         "--sass",
         dest="target",
         action="store_const",
@@ -86,20 +87,15 @@ def main() -> None:
         default=argparse.SUPPRESS,
         help="count machine instructions of an H100",
     )
-    target = parse_target(parser).target
-    if target == SASS:
+    options = parse_target(arguments)
+    if options.target == SASS:
         title, columns = "instructions of an H100 per element", [*sass.KINDS, "other"]
     else:
-        title = f"operations per element, compiled for {target}"
+        title = f"operations per element, compiled for {options.target}"
         columns = ["special", "multiply, add", "integer multiply, add", "other"]
-    rows = {name: count(setting, target) for name, setting in tqdm(settings().items())}
-    print(f"| {title} | {' | '.join(columns)} | in all |")
-    print("|---" * (2 + len(columns)) + "|")
-    for name, counts in rows.items():
+    rows = {}
+    for name, setting in tqdm([*settings().items()][: 2 if options.small else None]):
+        counts = count(setting, options.target)
         numbers = [counts[column] for column in columns]
-        cells = [f"{round(number, 1):g}" for number in (*numbers, sum(numbers))]
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main()
+        rows[name] = [f"{x:.{int(options.target == SASS)}f}" for x in (*numbers, sum(numbers))]
+    print(table(title, [*columns, "in all"], rows))

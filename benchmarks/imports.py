@@ -1,22 +1,23 @@
-"""Times `import adam_jax` beside `import optax`, in fresh processes and in turns.
+"""Times `import adam_jax` and `import optax`, in fresh processes and in turns.
 
-    python benchmarks/imports.py
+    uv run benchmarks imports
 
-A program that trains imports optax in any case. The last rows are therefore what is added: imports
-in a process that has imported optax already, timed alone, which is steadier than a difference of
-two large times. The interpreter's own start is in none of the times. The first process of each row
-writes bytecode where there was none, and is not counted.
+A program that trains imports optax in any case. The last two rows are therefore what adam_jax adds:
+imports in a process that has imported optax already. They are timed alone, which is steadier than
+a difference of two large times. No time includes the interpreter's own start. The first process of
+each row, which writes bytecode, does not count.
 """
 
-import argparse
+import functools
 import statistics
 import subprocess
 import sys
 
-from speed import machine
-from tqdm import tqdm
+from command import parser
+from tables import table
+from timing import in_turns, machine
 
-# What is timed, by what was imported before it.
+# (what is imported before, what is timed)
 IMPORTS = [
     ("", "jax"),
     ("", "optax"),
@@ -37,45 +38,27 @@ print(time.perf_counter() - start)
 
 
 def seconds(before: str, timed: str) -> float:
-    """How long one import takes in a process of its own."""
+    """Returns the time of one import in a process of its own."""
     command = [sys.executable, "-c", CHILD, before, timed]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
-    """Measures everything and prints a table in markdown; progress goes to stderr."""
-    parser = argparse.ArgumentParser(
-        description="Times imports in fresh processes, in turns, and prints their ratios to optax "
-        "as a markdown table."
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=25, help="processes for each import (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--small",
-        action="store_true",
-        help="one round: shows within half a minute that this runs; the times mean nothing",
-    )
-    options = parser.parse_args()
-    samples = {row: [] for row in IMPORTS}
-    for _ in tqdm(range(1 if options.small else 1 + options.rounds), unit="round"):
-        for row, times in samples.items():
-            times.append(seconds(*row))
+    """Measures everything and prints a table."""
+    arguments = parser("imports", __doc__)
+    arguments.add_argument("--rounds", type=int, default=25, help="turns of each (default: 25)")
+    options = arguments.parse_args()
+    samplers = {row: functools.partial(seconds, *row) for row in IMPORTS}
+    samples = in_turns(samplers, 1 if options.small else 1 + options.rounds)
     if not options.small:
         samples = {row: times[1:] for row, times in samples.items()}
-
-    print(f"{machine()}\n")
-    print("| import | median / optax | least / optax | median, ms | least, ms |")
-    print("|---|---|---|---|---|")
-    medians = {row: statistics.median(times) for row, times in samples.items()}
-    least = {row: min(times) for row, times in samples.items()}
+    found = {row: (statistics.median(times), min(times)) for row, times in samples.items()}
+    rows = {}
     for before, timed in IMPORTS:
-        row = before, timed
-        name = f"`{timed}`, after `{before}`" if before else f"`{timed}`"
-        ratios = [f"{times[row] / times[BASELINE]:.3f}" for times in (medians, least)]
-        absolute = [f"{1e3 * times[row]:.1f}" for times in (medians, least)]
-        print(f"| {' | '.join([name, *ratios, *absolute])} |")
-
-
-if __name__ == "__main__":
-    main()
+        median, least = found[before, timed]
+        base_median, base_least = found[BASELINE]
+        ratios = [f"{median / base_median:.3f}", f"{least / base_least:.3f}"]
+        absolute = [f"{1e3 * median:.1f}", f"{1e3 * least:.1f}"]
+        rows[f"`{timed}`, after `{before}`" if before else f"`{timed}`"] = [*ratios, *absolute]
+    columns = ["median / optax", "least / optax", "median, ms", "least, ms"]
+    print(f"{machine()}\n\n{table('import', columns, rows)}")

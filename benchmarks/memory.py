@@ -1,34 +1,34 @@
 """Peak memory of whole training steps of GPT-2 and Llama 3.1: does a model fit on a device?
 
-    uv run --group compilers benchmarks/memory.py --model llama-8b --target h100
-    uv run --group compilers --with flashoptim-jax benchmarks/memory.py
-    uv run --group compilers benchmarks/memory.py --picture docs/memory.png
+    uv run --group compilers benchmarks memory --model llama-8b --target h100
+    uv run --group compilers --with flashoptim-jax benchmarks memory
+    uv run --group compilers --with flashoptim-jax benchmarks memory --picture docs/memory.png
 
 Compiles forward pass, backward pass and update of the models in `models.py` for H100s, v5es and
-v5ps, which need not be here, and prints what the compiler sets aside on each device. No array is
-made. Without options it does so for all `CASES`. A model and a target may be any two: "h100:8" are
-eight GPUs, "v5p:4x4x4" 64 chips. Each of them has its part of parameters, gradients and state
-(FSDP), or with --zero of the state alone (ZeRO-1).
+v5ps, without any of them, and prints the memory that the compiler reserves on each device. No array
+is made. Without options it compiles all `CASES`. Any model goes with any target: "h100:8" are eight
+GPUs, "v5p:4x4x4" 64 chips. Each device has its part of parameters, gradients and state (FSDP), or
+with --zero of the state alone (ZeRO-1).
 
-On each device is one sequence, of 2048 tokens, or GPT-2's 1024; --batch puts more there. Layers are
-recomputed in the backward pass. Matrix products are in bfloat16 in all settings. Parameters and
-state are donated. "5 bytes" and "float32, released" are steps that `adam_jax.value_and_update`
-makes. The columns, in GB on each device:
+Each device has one sequence, of 2048 tokens, or GPT-2's 1024; --batch puts more there. The backward
+pass recomputes layers. Matrix products are in bfloat16 in all settings. Parameters and state are
+donated. The settings are AdamW's of `settings.py`; "optax.adamw, bfloat16, float32 masters" has
+bfloat16 weights and gradients and keeps float32 weights in its state. The columns, in GB on each
+device:
 
 - peak: arguments + outputs - aliased + temporaries, by the compiler's account of the program;
-- fits: of a program that needs more than a chip has, the compiler for TPUs says so and gives up;
-  that message is here. (The peak of a program that it accepts may be a little more than the chip
-  has: the sum above can count too much.) The one for GPUs warns and goes on: there the peak is
-  compared with 95% of the GPU's memory, which is what JAX takes with
-  XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (otherwise it takes 75%). The rest is left to the driver, to
-  CUDA's libraries and to the program;
+- fits: the compiler for TPUs rejects a program that needs more than a chip has; its message is
+  here. (The peak of a program that it accepts may be a little more than the chip has: the sum above
+  can count too much.) The compiler for GPUs only warns: there the peak is compared with 95% of the
+  GPU's memory, which JAX uses with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (its default is 75%). The
+  rest is for the driver, for CUDA's libraries and for the program;
 - weights, gradients, state: counted from shapes, as by `adam_jax.memory_usage`. Gradients are those
-  of all parameters, or with gradient release those of one layer and of all that is in no layer;
-- activations: the input of each layer, which is kept for the backward pass;
-- rest: the peak less all of these. That is what else is in use at the peak: the inside of a layer,
-  logits, copies in bfloat16, what is gathered or not yet divided. It is less than nothing where
-  the compiler never has all gradients at once, as when it updates the head before it has others;
-- per parameter: bytes on all devices together, over the number of parameters.
+  of all parameters, or with gradient release those of one layer and of all leaves outside layers;
+- activations: the input of each layer, which the backward pass needs;
+- rest: the peak less all of these: the inside of a layer, logits, copies in bfloat16, arrays that
+  are gathered or not yet divided. It is negative where the compiler never has all gradients at one
+  time, for instance when it updates the head before it computes the others;
+- bytes per parameter: the peaks of all devices together, over the number of parameters.
 
 The last table has the peaks alone.
 """
@@ -37,9 +37,7 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +45,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from command import only_compile, parser
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from models import MODELS, SMALL, Model
-from scale import held, placed
-from settings import RATE, Setting, with_optax
-from targets import PLATFORMS, devices
+from settings import RATE, Setting, settings, with_release
+from tables import head, line, table
+from targets import compile_for, count, devices, memory, nbytes, placed, refusal
 from tqdm import tqdm
 
 import adam_jax
@@ -65,7 +64,7 @@ AXIS = "data"
 
 
 class Case(NamedTuple):
-    """What is trained, and where."""
+    """A model, and the devices that train it."""
 
     model: str
     target: str
@@ -73,12 +72,12 @@ class Case(NamedTuple):
 
     @property
     def chip(self) -> str:
-        """The kind of the devices."""
+        """Returns the kind of the devices."""
         return self.target.partition(":")[0]
 
     @property
     def one(self) -> bool:
-        """Whether there is one device."""
+        """Tells whether there is one device."""
         return self.target == self.chip
 
     def __str__(self) -> str:
@@ -99,10 +98,13 @@ CASES = [
     Case("llama-70b", "v5p:2x2x2"),
     Case("llama-70b", "v5p:4x4x4"),
 ]
+FLASH = "FlashOptim, 7 bytes"
+NAMES = ["optax.adamw", "optax.adamw, bfloat16, float32 masters", FLASH]
+NAMES += ["float32", "float32, released", "bfloat16 moments", "int8 moments", "7 bytes", "5 bytes"]
 PICTURED = [Case("llama-8b", "h100"), Case("llama-70b", "h100:8")]
 TITLES = dict(zip(PICTURED, ["Llama 3.1 8B, one H100", "Llama 3.1 70B, eight H100s"], strict=True))
-TINY = [Case("gpt2", "h100"), Case("llama", "v5e:2x2"), Case("llama", "h100:8", zero=True)]
-OF_TINY = ["optax.adamw", "5 bytes"]  # the settings
+SMALL_CASES = [Case("gpt2", "h100"), Case("llama", "v5e:2x2"), Case("llama", "h100:8", zero=True)]
+OF_SMALL = ["optax.adamw", "5 bytes"]  # the settings
 PARTS = {
     "weights": "#1f3b57",
     "gradients": "#5b86ad",
@@ -110,24 +112,6 @@ PARTS = {
     "activations": "#e69f00",
     "rest": "#d9d9d9",
 }
-
-
-class Training(NamedTuple):
-    """A way to train."""
-
-    setting: Setting
-    released: optax.GradientTransformation | None = None  # the optimizer of a step that releases
-
-    def step(self, model: Model) -> Callable[..., Any]:
-        """From parameters, state and a batch to the loss, parameters and state."""
-        if self.released:
-            return adam_jax.value_and_update(model.loss, self.released, layers=model.stacked)
-
-        def step(params: Any, state: Any, tokens: jax.Array) -> Any:
-            value, gradients = jax.value_and_grad(model.loss)(params, tokens)
-            return value, *self.setting.step(params, state, gradients)
-
-        return step
 
 
 class Masters(NamedTuple):
@@ -138,7 +122,7 @@ class Masters(NamedTuple):
 
 
 def with_masters(optimizer: optax.GradientTransformation) -> Setting:
-    """Parameters and gradients in bfloat16, and weights in float32 in the state."""
+    """Returns a setting with bfloat16 weights and gradients, and float32 weights in its state."""
 
     def init(params: Any) -> Masters:
         weights = optax.tree.cast(params, jnp.float32)
@@ -153,47 +137,27 @@ def with_masters(optimizer: optax.GradientTransformation) -> Setting:
     return Setting(init, step, jnp.bfloat16)
 
 
-def trainings(case: Case) -> dict[str, Training]:
-    """The ways to train, by name."""
-
-    def adamw(moments: str) -> optax.GradientTransformation:
-        return adam_jax.adamw(RATE, mu_dtype=moments, nu_dtype=moments)
-
-    seven = adam_jax.master_weights(adamw("int8"), "int8")
-    plain = functools.partial(with_optax, dtype=jnp.float32)
-    found = {
-        "optax.adamw": Training(plain(optax.adamw(RATE))),
-        "optax.adamw, bfloat16, float32 masters": Training(with_masters(optax.adamw(RATE))),
-    }
-    # On a mesh it does not compile, or leaves open where its state lies.
-    if case.one and importlib.util.find_spec("flashoptim_jax"):
-        from flashoptim_jax import flash_adamw
-
-        flash = flash_adamw(RATE, fused=case.chip == "h100")
-        found["FlashOptim, like 7 bytes"] = Training(Setting(flash.init, flash.step, jnp.bfloat16))
-    return found | {
-        "float32": Training(plain(adamw("float32"))),
-        "float32, released": Training(plain(adamw("float32")), adamw("float32")),
-        "bfloat16 moments": Training(plain(adamw("bfloat16"))),
-        "int8 moments": Training(plain(adamw("int8"))),
-        "7 bytes": Training(with_optax(seven, jnp.bfloat16)),
-        "5 bytes": Training(with_optax(seven, jnp.bfloat16), seven),
-    }
+def trainings(case: Case) -> dict[str, Setting]:
+    """Returns the settings of a case, by name."""
+    found = with_release(settings("adamw", fused=case.chip == "h100"))
+    found["optax.adamw, bfloat16, float32 masters"] = with_masters(optax.adamw(RATE))
+    # On a mesh, FlashOptim does not compile, or leaves open where its state lies.
+    return {name: found[name] for name in NAMES if name in found and (case.one or name != FLASH)}
 
 
 class Outcome(NamedTuple):
-    """What a step takes on each device."""
+    """The memory of a step on each device."""
 
     parts: dict[str, float]  # bytes; without the rest, if there is no peak
     peak: float = np.nan
-    refusal: str = ""  # what the compiler says, if there is no peak
+    refusal: str = ""  # the compiler's message, if there is no peak
     fits: bool = False
-    size: int = 0  # parameters
+    parameters: int = 0
     devices: int = 1
 
 
 def divided(model: Model, params: Any, mesh: Mesh) -> Any:
-    """Where parameters lie with FSDP: divided by the first dimension that can be, but no layers."""
+    """Returns FSDP's shardings: by the first dimension that can be divided, but not by layers."""
 
     def of_leaf(x: Any, stacked: bool) -> NamedSharding:
         dims = range(int(stacked), x.ndim)
@@ -209,7 +173,7 @@ def divided(model: Model, params: Any, mesh: Mesh) -> Any:
 
 
 def gradient_bytes(case: Case, model: Model, params: Any, released: bool) -> int:
-    """The bytes of a device's part of the gradients, which depend on no optimizer's state."""
+    """Returns the bytes of a device's part of the gradients; the optimizer makes no difference."""
     adam = adam_jax.adam(RATE)
     where = adam_jax.state_shardings(
         adam, params, axis=AXIS if case.zero else None, layers=model.stacked
@@ -218,25 +182,23 @@ def gradient_bytes(case: Case, model: Model, params: Any, released: bool) -> int
     return adam_jax.memory_usage(adam, params, shardings=where, layers=layers).gradients
 
 
-def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome:
-    """Compiles the step, and takes the peak apart."""
+def measure(case: Case, model: Model, setting: Setting, batch: int) -> Outcome:
+    """Compiles the step, and splits the peak into parts."""
     chips = devices(case.target)[: 1 if case.one else None]
-    # Where nothing is divided, nobody needs to say where arrays meet.
+    # With explicit axes the model would have to place arrays that are not divided.
     kind = AxisType.Auto if case.one else AxisType.Explicit
     mesh = Mesh(np.array(chips), (AXIS,), axis_types=(kind,))
     whole = NamedSharding(mesh, PartitionSpec())
-    params = model.params(training.setting.dtype)
+    params = model.params(setting.dtype)
     where = divided(model, params, mesh)
     if case.one or case.zero:
         where = jax.tree.map(lambda _: whole, where)
     params = placed(params, where)
-    state = jax.eval_shape(training.setting.init, params)
+    state = jax.eval_shape(setting.init, params)
     state_where = jax.tree.map(lambda _: whole, state)
     if not case.one:
         axis = AXIS if case.zero else None
-        state_where = adam_jax.state_shardings(
-            training.setting, params, axis=axis, layers=model.stacked
-        )
+        state_where = adam_jax.state_shardings(setting, params, axis=axis, layers=model.stacked)
     state = placed(state, state_where)
     tokens = jax.ShapeDtypeStruct(
         (batch * mesh.size, model.length + 1),
@@ -244,29 +206,23 @@ def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome
         sharding=NamedSharding(mesh, PartitionSpec(AXIS)),
     )
     jitted = jax.jit(
-        training.step(model), donate_argnums=(0, 1), out_shardings=(whole, where, state_where)
+        setting.train_step(model.loss, layers=model.stacked),
+        donate_argnums=(0, 1),
+        out_shardings=(whole, where, state_where),
     )
     parts: dict[str, float] = {
-        "weights": held(params),
-        "gradients": gradient_bytes(case, model, params, bool(training.released)),
-        "state": held(state),
+        "weights": nbytes(params),
+        "gradients": gradient_bytes(case, model, params, setting.released),
+        "state": nbytes(state),
         "activations": 2 * model.layers * batch * model.length * model.width,
     }
-    size = sum(x.size for x in jax.tree.leaves(params))
-    outcome = Outcome(parts, size=size, devices=mesh.size)
+    outcome = Outcome(parts, parameters=count(params), devices=mesh.size)
     jax.clear_caches()
     try:
         with contextlib.nullcontext() if case.one else jax.set_mesh(mesh):
-            traced = jitted.trace(params, state, tokens)
-            compiled = traced.lower(lowering_platforms=(PLATFORMS[case.chip],)).compile()
+            peak = memory(compile_for(case.target, jitted, params, state, tokens)).peak
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return outcome._replace(refusal=str(error).splitlines()[0])
-    memory = compiled.memory_analysis()
-    assert memory is not None, "this backend does not count memory"
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        return outcome._replace(refusal=refusal(error))
     return outcome._replace(
         parts=parts | {"rest": peak - sum(parts.values())},
         peak=peak,
@@ -275,20 +231,20 @@ def measure(case: Case, model: Model, training: Training, batch: int) -> Outcome
 
 
 def row(outcome: Outcome) -> list[str]:
-    """The cells of a table for an outcome."""
+    """Returns the cells of an outcome's row."""
     parts = [gigabytes(outcome.parts.get(part, np.nan)) for part in PARTS]
     verdict = outcome.refusal or ("yes" if outcome.fits else "no")
-    each = outcome.peak * outcome.devices / outcome.size
+    each = outcome.peak * outcome.devices / outcome.parameters
     return [gigabytes(outcome.peak), verdict, *parts, "" if np.isnan(each) else f"{each:.2f}"]
 
 
 def gigabytes(size: float) -> str:
-    """A size of a table; nothing for what is not known."""
+    """Writes a size in GB, or nothing if it is unknown."""
     return "" if np.isnan(size) else f"{size / 1e9:.2f}"
 
 
 def brief(outcome: Outcome | None) -> str:
-    """An outcome in one cell."""
+    """Writes an outcome in one cell."""
     if outcome is None:
         return ""
     if outcome.refusal:
@@ -298,19 +254,19 @@ def brief(outcome: Outcome | None) -> str:
 
 
 def versions() -> str:
-    """What compiles."""
+    """Names the versions of the compilers."""
     names = "jax", "libtpu", "jax-cuda12-pjrt", "optax"
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome], names: list[str]) -> None:
-    """A bar for each setting, of the parts one after the other, and where the memory ends."""
+    """Draws a bar of parts for each setting, and a line where the memory ends."""
     rows = [names.index(name) for name in outcomes]
     peaks = np.array([outcome.peak for outcome in outcomes.values()]) / 1e9
     left = np.zeros(len(peaks))
     for part, color in PARTS.items():
         sizes = np.array([max(0.0, x.parts.get(part, 0.0)) for x in outcomes.values()]) / 1e9
-        # Where the rest is less than nothing, a bar ends at the peak all the same.
+        # A bar ends at the peak even where the rest is negative.
         widths = np.minimum(sizes, peaks - left)
         axes.barh(rows, widths, left=left, height=0.65, color=color, label=part)
         left += widths
@@ -334,7 +290,7 @@ def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome], names: list[
 
 
 def draw(found: dict[Case, dict[str, Outcome]], names: list[str], path: Path) -> None:
-    """Draws cases into a PNG, on white: it stands on light and on dark pages."""
+    """Draws cases into a PNG, on white, for light and dark pages."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axes, (case, outcomes) in zip(panels, found.items(), strict=True):
@@ -346,28 +302,24 @@ def draw(found: dict[Case, dict[str, Outcome]], names: list[str], path: Path) ->
 
 
 def parse_arguments() -> tuple[Namespace, list[Case]]:
-    """The command line, and the cases that it asks for."""
-    parser = ArgumentParser(
-        description="Compiles training steps of GPT-2 and Llama 3.1, and prints the memory that "
-        "each device needs. Without options: a selection of models and devices.",
-    )
-    add = parser.add_argument
+    """Parses the command line, and returns the cases that it asks for as well."""
+    arguments = parser("memory", __doc__)
+    add = arguments.add_argument
     add("--model", choices=MODELS, help="default: those of the selection")
     add("--target", metavar="T", help="h100, v5e, v5p; or several, such as h100:8, v5p:2x2x2")
     add("--zero", action="store_true", help="divide the state alone (ZeRO-1), not parameters too")
     add("--setting", action="append", metavar="NAME", help="more than once for several; or all")
     add("--batch", type=int, default=1, metavar="N", help="sequences on each device")
-    add("--small", action="store_true", help="small models, to see that this runs")
     add("--picture", type=Path, metavar="PATH", help="draw it, by default of two cases alone")
-    options = parser.parse_args()
+    options = arguments.parse_args()
     model, target = options.model, options.target
     if target and target.partition(":")[0] not in CAPACITY:
-        parser.error(f"argument --target: must begin with one of {', '.join(CAPACITY)}")
+        arguments.error(f"argument --target: must begin with one of {', '.join(CAPACITY)}")
     if options.batch < 1:
-        parser.error(f"argument --batch: must be at least 1, got {options.batch}")
+        arguments.error(f"argument --batch: must be at least 1, got {options.batch}")
     if options.small:
-        cases = TINY
-        options.setting = OF_TINY
+        cases = SMALL_CASES
+        options.setting = OF_SMALL
     elif model and target:
         cases = [Case(model, target, options.zero)]
     else:
@@ -378,22 +330,22 @@ def parse_arguments() -> tuple[Namespace, list[Case]]:
             if case.zero or not options.zero
         ]
         if not cases:
-            parser.error("none of the selection; give both --model and --target")
+            arguments.error("none of the selection; give both --model and --target")
     known = trainings(PICTURED[0])
     for name in options.setting or []:
         if name not in known:
-            parser.error(f"argument --setting: must be one of {', '.join(known)}; got {name}")
+            arguments.error(f"argument --setting: must be one of {', '.join(known)}; got {name}")
     return options, cases
 
 
 def main() -> None:
-    """Prints tables in markdown; progress goes to stderr."""
+    """Prints a table for each case, row by row, then one of all peaks."""
     options, cases = parse_arguments()
-    jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
+    only_compile()
     chosen = {
         case: {
-            name: training
-            for name, training in trainings(case).items()
+            name: setting
+            for name, setting in trainings(case).items()
             if options.setting is None or name in options.setting
         }
         for case in cases
@@ -404,18 +356,19 @@ def main() -> None:
         for case, ways in chosen.items():
             model = (MODELS | SMALL)[case.model]
             found[case] = {}
-            head = [str(case), "peak", "fits", *PARTS, "per parameter"]
-            print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-            for name, training in ways.items():
+            columns = ["peak", "fits", *PARTS, "bytes per parameter"]
+            print(head(f"{case}, GB", columns), flush=True)
+            for name, setting in ways.items():
                 progress.set_postfix_str(f"{case}: {name}")
-                found[case][name] = outcome = measure(case, model, training, options.batch)
-                print(f"| {' | '.join([name, *row(outcome)])} |", flush=True)
+                found[case][name] = outcome = measure(case, model, setting, options.batch)
+                print(line(name, row(outcome)), flush=True)
                 progress.update()
             print()
     names = list(dict.fromkeys(name for outcomes in found.values() for name in outcomes))
-    print(f"| peak, GB | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
-    for case, outcomes in found.items():
-        print(f"| {case} | {' | '.join(brief(outcomes.get(name)) for name in names)} |")
+    peaks = {
+        str(case): [brief(outcomes.get(name)) for name in names] for case, outcomes in found.items()
+    }
+    print(table("peak, GB", names, peaks))
     if options.picture:
         draw(found, names, options.picture)
         print(f"\npicture: {options.picture}")

@@ -1,47 +1,44 @@
-"""Steps of the rows that ids name, of tables of up to ten million rows, and of a billion.
+"""Times row-sparse steps of tables of up to ten million rows, and compiles them for a billion.
 
-    uv run benchmarks/row_sparse.py
-    uv run --with torch benchmarks/row_sparse.py
-    uv run --group compilers benchmarks/row_sparse.py --target v5e
-    uv run --group compilers benchmarks/row_sparse.py --target h100
-    uv run --group compilers benchmarks/row_sparse.py --scale
+    uv run benchmarks row_sparse
+    uv run --with torch benchmarks row_sparse
+    uv run --group compilers benchmarks row_sparse --target v5e
+    uv run --group compilers benchmarks row_sparse --target h100
+    uv run --group compilers benchmarks row_sparse --scale
 
-Without an option, three tables of times on this machine. What is timed are training steps of a
-model that consists of a table alone: vectors are looked up, their squared distance to given ones is
-the loss, and the table is updated, in place. Ids are drawn as words are, the k-th most frequent
-with a probability that falls as 1/k, and their rows are scattered over the table; every step has a
-batch of its own. All that are compared take turns in one process, and medians are reported:
+Without --target and --scale, prints three tables of times on this machine. The model is a table
+alone: a step looks vectors up, its loss is their squared distance to given ones, and it updates the
+table in place. Ids are drawn as words are: the probability of the k-th most frequent falls as 1/k,
+and its row is anywhere in the table. Each step has a batch of its own. All contestants take turns
+in one process; the tables have medians:
 
 - the step of every setting: milliseconds, and ratios to the step with `row_sparse(adam)` (lazy), to
-  `optax.adam` on the gradient of the whole table, and to torch's SparseAdam, which is lazy as well,
-  in one thread or in all, whichever is faster;
-- the step with many rows beside that with few. The work is the same, but the memory of few rows is
-  in the caches: a last line has the time to read and write as many rows of three arrays;
-- what the steps that rows have missed cost, with `exact=True`, if all rows have missed as many.
+  `optax.adam` on the gradient of the whole table, and to torch's SparseAdam, which is lazy too, in
+  one thread or in all, whichever is faster;
+- the step with many rows and with few. The work is the same, but few rows fit in the caches: a last
+  line has the time to read and write as many rows of three arrays;
+- the cost of the steps that rows missed, with `exact=True`, if all rows missed the same number.
 
-"Exact" is in its steady state: rows have been idle as long as rows are that are drawn as often as
-they. "5 bytes" is `master_weights(adamw(..., mu_dtype="int8", nu_dtype="int8"), "int8")` of a
-bfloat16 table; XLA for CPU converts a whole bfloat16 table in order to write some of its rows, and
-so this setting is timed with small tables only.
+"Exact" is in its steady state: each row has been idle for as long as its frequency suggests.
+"5 bytes" is the 7-byte setting of AdamW, without gradients of the table. XLA for CPU converts a
+whole bfloat16 table to write some of its rows, so this setting is timed with small tables only.
 
-With --target, the update is compiled for a device that need not be here. The columns:
+With --target, the update is compiled for a device that need not exist here. The columns:
 
 - temporaries: by the compiler's account, as a fraction of the table in float32;
-- of all rows: instructions, inside of fusions as well, whose result has as many elements as there
-  are rows, or more. Not counted are scatters, which write some rows of what is there. What begins
-  with a slice-start or copy-start on a TPU is brought into the chip's own memory and back, if it
-  fits;
+- of all rows: instructions, also inside fusions, whose result has at least as many elements as
+  there are rows. Scatters, which write some rows in place, do not count. Instructions that begin
+  with a slice-start or copy-start on a TPU move an array into the chip's own memory, if it fits;
 - arguments, aliased: MB. Aliased are the outputs that are written over donated arguments, which are
   the table and its state;
-- state: MB of table and state: what should be aliased.
+- state: MB of table and state, all of which should be aliased.
 
-With --scale, it is the update of a table of a billion rows in 5 bytes, divided by rows over a TPU's
-chips; ids and gradients are on every chip, or are divided as well. Bytes are those of one chip, and
-collectives are those in the program, with the size of what comes out of them. Where 1024 does not
-divide a chip's rows, XLA for TPU brings the scales of all rows into another layout and back.
+With --scale, the update is that of a table of a billion rows in 5 bytes, divided by rows over a
+TPU's chips; ids and gradients are on every chip, or divided as well. Sizes are those of one chip;
+collectives are listed with the size of their results. If 1024 does not divide a chip's rows, XLA
+for TPU converts the scales of all rows to another layout and back.
 """
 
-import argparse
 import collections
 import functools
 import itertools
@@ -55,30 +52,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from command import only_compile, parse_target, parser
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from scale import collectives, megabytes, placed
-from settings import RATE
-from speed import has_torch, in_turns, machine
-from targets import HERE, compile_for, parse_target, tpu
+from scale import collectives
+from settings import RATE, settings
+from tables import head, line, megabytes, number
+from targets import HERE, compile_for, memory, nbytes, placed, tpu
+from timing import has_torch, machine, stepping, times
 from tqdm import tqdm
 
 import adam_jax
 
-BATCHES = 512  # more than the steps after which a row has come to rest
-COUNT = 10_000  # steps made before what is timed
+BATCHES = 512  # more than the steps after which an idle row no longer moves
+COUNT = 10_000  # steps before those that are timed
 IDLE = 1000  # steps missed where they are timed
 PRIME = 1_000_003  # times the rank, modulo the number of rows: where a row is
-# Of a program's instruction, the result's type and the operation; and of a type, the shape.
+# The type of an instruction's result and its operation; the shape in a type.
 INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(", re.MULTILINE)
 SHAPE = re.compile(r"[a-z]+\d+\[([\d,]+)\]")
-# What names an array, or writes into it. What is in a fusion or a loop is an instruction as well.
+# Operations that name an array or write into it. Those in a fusion or a loop are listed too.
 NOTHING_MADE = (
     *("parameter", "tuple", "get-tuple-element", "bitcast", "fusion", "while", "conditional"),
     *("scatter", "call"),
 )
-LAZY, EXACT, INT8, FIVE = "lazy", "exact", "lazy, int8 moments", "lazy, 5 bytes"
 OPTAX, TORCH = "optax.adam, whole table", "torch.optim.SparseAdam"
-TOUCHED = "rows read and written, no more"
+TIMED = ["lazy", "exact", "lazy, int8 moments", "lazy, 5 bytes"]
+COMPILED = ["lazy", "lazy, int8 moments", "lazy, 5 bytes", "exact, adamw"]
 
 
 class Setting(NamedTuple):
@@ -90,7 +89,7 @@ class Setting(NamedTuple):
 
     @property
     def rows(self) -> adam_jax.RowSparse:
-        """The functions of its rows."""
+        """Returns the functions that look up and update rows."""
         return adam_jax.row_sparse(self.optimizer, exact=self.exact)
 
 
@@ -106,56 +105,36 @@ class Size(NamedTuple):
 
     @property
     def table(self) -> tuple[int, int]:
-        """The table's shape."""
+        """Returns the table's shape."""
         return self.rows, self.width
 
     @property
     def vectors(self) -> tuple[int, int]:
-        """The shape of what is looked up."""
+        """Returns the shape of the vectors that a step looks up."""
         return self.ids, self.width
 
 
-def adamw_int8() -> optax.GradientTransformation:
-    """Adam with decoupled decay and int8 moments."""
-    return adam_jax.adamw(RATE, mu_dtype="int8", nu_dtype="int8")
-
-
-def five_bytes() -> Setting:
-    """The setting that stores 5 bytes for each element."""
-    return Setting(adam_jax.master_weights(adamw_int8(), "int8"), dtype=jnp.bfloat16)
-
-
 @functools.cache
-def settings() -> dict[str, Setting]:
-    """What is timed, by name."""
-    int8 = adam_jax.adam(RATE, mu_dtype="int8", nu_dtype="int8")
+def compared() -> dict[str, Setting]:
+    """Returns the settings by name."""
+    adam, adamw = settings("adam"), settings("adamw")
     return {
-        LAZY: Setting(adam_jax.adam(RATE)),
-        EXACT: Setting(adam_jax.adam(RATE), exact=True),
-        INT8: Setting(int8),
-        FIVE: five_bytes(),
-    }
-
-
-def compiled_settings() -> dict[str, Setting]:
-    """What is compiled for a device, by name."""
-    found = settings()
-    return {
-        "adam": found[LAZY],
-        "adam, int8 moments": found[INT8],
-        "5 bytes": found[FIVE],
-        "adamw, exact": Setting(adam_jax.adamw(RATE), exact=True),
+        "lazy": Setting(adam["float32"].optimizer),
+        "exact": Setting(adam["float32"].optimizer, exact=True),
+        "lazy, int8 moments": Setting(adam["int8 moments"].optimizer),
+        "lazy, 5 bytes": Setting(adamw["7 bytes"].optimizer, dtype=adamw["7 bytes"].dtype),
+        "exact, adamw": Setting(adamw["float32"].optimizer, exact=True),
     }
 
 
 def loss_of(vectors: jax.Array, targets: jax.Array) -> jax.Array:
-    """Half of the squared distance to where vectors should be."""
+    """Returns half of the squared distance between vectors and their targets."""
     return jnp.sum(jnp.square(vectors - targets)) / 2
 
 
 @functools.cache
 def step_of(setting: Setting) -> Any:
-    """The training step, jitted; table and state are updated in place."""
+    """Returns the training step, jitted; it updates table and state in place."""
     rows = setting.rows
 
     def step(ids: Any, gradients: Any, table: Any, state: Any) -> tuple[Any, Any, Any]:
@@ -167,7 +146,7 @@ def step_of(setting: Setting) -> Any:
 
 
 def whole_step() -> Any:
-    """The training step by way of the whole table's gradient."""
+    """Returns the training step that computes the whole table's gradient."""
     optimizer = optax.adam(RATE)
 
     def step(ids: Any, gradients: Any, table: Any, state: Any) -> tuple[Any, Any, Any]:
@@ -182,7 +161,7 @@ def whole_step() -> Any:
 
 
 def drawn(size: Size) -> Iterator[np.ndarray]:
-    """The ids of batch after batch, over and over."""
+    """Yields the ids of one batch after the other, and repeats them."""
     uniform = np.random.default_rng(0).random((BATCHES, size.ids))
     rank = np.exp(uniform * np.log(size.rows + 1)).astype(np.int64) - 1
     batches = (rank.clip(0, size.rows - 1) * PRIME % size.rows).astype(np.int32)
@@ -191,7 +170,7 @@ def drawn(size: Size) -> Iterator[np.ndarray]:
 
 
 def idle_steps(size: Size) -> np.ndarray:
-    """For how many steps each row has not been drawn, once that has become steady."""
+    """Draws the number of steps for which each row has been idle, in the steady state."""
     rank = np.arange(size.rows)
     at_least_once = -np.expm1(-size.ids * np.log1p(1 / (rank + 1)) / np.log(size.rows + 1))
     idle = np.random.default_rng(1).geometric(at_least_once) - 1
@@ -201,7 +180,7 @@ def idle_steps(size: Size) -> np.ndarray:
 
 
 def started(setting: Setting, size: Size) -> list[Any]:
-    """A table and its state after COUNT steps."""
+    """Returns a table and its state after COUNT steps."""
     table = jnp.full(size.table, 0.5, setting.dtype)
     state = setting.rows.init(table)
     state = jax.tree.map(lambda x: x if x.ndim else jnp.full_like(x, COUNT), state)
@@ -211,23 +190,19 @@ def started(setting: Setting, size: Size) -> list[Any]:
 
 
 def runner(step: Any, size: Size, carry: list[Any], dtype: Any = jnp.float32) -> Callable[[], None]:
-    """Makes a step; the carry is a list, so that two that take turns can have one table."""
+    """Returns a function that makes a step; two that take turns can share one carry."""
     batches = drawn(size)
     gradients = jax.random.normal(jax.random.key(0), size.vectors, dtype)
-
-    def run() -> None:
-        _, *carry[:] = jax.block_until_ready(step(next(batches), gradients, *carry))
-
-    return run
+    return stepping(lambda *carry: step(next(batches), gradients, *carry), carry)
 
 
 def started_runner(setting: Setting, size: Size) -> Callable[[], None]:
-    """As `runner`, with a table of its own."""
+    """Returns a function that makes a step of a table of its own."""
     return runner(step_of(setting), size, started(setting, size), setting.dtype)
 
 
 def torch_runners(size: Size, all_threads: bool = True) -> dict[str, Callable[[], None]]:
-    """As `runner`, with torch in one thread and in as many as it takes, of one table."""
+    """Returns functions that make torch's step in one thread and in all, of one table."""
     if not has_torch():
         return {}
     import torch
@@ -248,118 +223,105 @@ def torch_runners(size: Size, all_threads: bool = True) -> dict[str, Callable[[]
     threads = sorted({1, torch.get_num_threads()} if all_threads else {1})
     step_in(1)
     for moment in ("exp_avg", "exp_avg_sq"):
-        optimizer.state[table][moment].fill_(1e-3)  # or its memory would be there on first use only
+        optimizer.state[table][moment].fill_(
+            1e-3
+        )  # or its memory would be allocated at its first use
     return {f"{TORCH}, threads: {n}": functools.partial(step_in, n) for n in threads}
 
 
 def touching(size: Size) -> Callable[[], None]:
-    """Reads and writes rows of three arrays: what memory costs, without an optimizer."""
+    """Returns a function that reads and writes rows of three arrays, without an optimizer."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     def touch(ids: Any, arrays: Any) -> Any:
         ids = jnp.sort(ids)
         return [x.at[ids].add(1.0, indices_are_sorted=True) for x in arrays]
 
-    arrays = [jnp.full(size.table, 0.5) for _ in range(3)]
     batches = drawn(size)
-
-    def run() -> None:
-        arrays[:] = jax.block_until_ready(touch(next(batches), arrays))
-
-    return run
+    arrays = [jnp.full(size.table, 0.5) for _ in range(3)]
+    return stepping(lambda *arrays: touch(next(batches), list(arrays)), arrays)
 
 
 def runners(size: Size) -> dict[str, Callable[[], None]]:
-    """Everything that is timed with tables of a size."""
+    """Returns all contestants, with tables of a size."""
     runs = {}
-    for name, setting in settings().items():
-        if name == FIVE and math.prod(size.table) > 10**7:
+    for name in TIMED:
+        setting = compared()[name]
+        if setting.dtype == jnp.bfloat16 and math.prod(size.table) > 10**7:
             continue
         carry = started(setting, size)
         runs[name] = runner(step_of(setting), size, carry, setting.dtype)
-        if name == LAZY:
+        if name == "lazy":
             runs[OPTAX] = runner(whole_step(), size, carry)
     return runs | torch_runners(size)
 
 
 def free_memory() -> float:
-    """The bytes that can be had."""
+    """Returns the bytes of memory that are available."""
     info = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: +(\d+) kB", info.read_text()) if info.exists() else None
     return 1024 * int(found[1]) if found else math.inf
 
 
 def missing_memory(elements: int, bytes_of_each: int) -> str:
-    """What to print where there is not enough of it, or nothing."""
+    """Returns a message if there is not enough memory, or nothing."""
     needed, free = 1.2 * elements * bytes_of_each, free_memory()
     return f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else ""
 
 
-def table_of(header: list[str]) -> None:
-    """Prints the head of a table."""
-    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|", flush=True)
-
-
-def row(*cells: Any) -> None:
-    """Prints a row of a table."""
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
 def turns_of(size: Size, rounds: int) -> int:
-    """How many turns everything gets with tables of a size: fewer where steps take seconds."""
+    """Returns the number of rounds with tables of a size; fewer if steps take seconds."""
     return rounds if math.prod(size.table) < 10**8 else max(1, rounds // 3)
 
 
-def print_steps(sizes: list[Size], rounds: int, seconds: float, progress: tqdm) -> None:
-    """The table of all settings."""
+def print_steps(sizes: list[Size], rounds: int, seconds: float) -> None:
+    """Prints the table of all settings."""
     # A table and two moments of lazy and optax.adam together, and this one's gradient and updates;
     # the same of exact; 6 bytes of int8; the same of torch.
     bytes_of_each = 12 + 8 + 12 + 6 + 12 * has_torch()
-    table_of(["step", "ms", "/ lazy", "/ optax.adam", "/ torch"])
+    print(f"\n{head('step', ['ms', 'time / lazy', 'time / optax.adam', 'time / torch'])}")
     for size in sizes:
-        turns = turns_of(size, rounds)
         if left_out := missing_memory(math.prod(size.table), bytes_of_each):
-            row(f"{size}: left out, {left_out}", *[""] * 4)
-            progress.update(turns)
+            print(line(f"{size}: left out, {left_out}", [""] * 4))
             continue
-        times = in_turns(runners(size), turns, seconds, progress)
-        of_torch = [time for name, time in times.items() if name.startswith(TORCH)]
-        for name, time in times.items():
-            peers = times[LAZY], times[OPTAX], min(of_torch, default=math.inf)
-            ratios = ["" if math.isinf(peer) else f"{time / peer:.3g}" for peer in peers]
-            row(f"{size}: {name}", f"{1e3 * time:.3g}", *ratios)
+        taken = times(runners(size), turns_of(size, rounds), seconds, str(size))
+        torch = min((time for name, time in taken.items() if name.startswith(TORCH)), default=None)
+        for name, time in taken.items():
+            peers = taken["lazy"], taken[OPTAX], torch
+            ratios = [number(time / peer) if peer else "" for peer in peers]
+            print(line(f"{size}: {name}", [number(1e3 * time), *ratios]), flush=True)
     if not has_torch():
         print("\nWithout torch's SparseAdam, since torch cannot be imported.")
 
 
-def print_growth(sizes: list[Size], rounds: int, seconds: float, progress: tqdm) -> None:
-    """The table of how the time grows with the number of rows."""
+def print_growth(sizes: list[Size], rounds: int, seconds: float) -> None:
+    """Prints the table of how the time grows with the number of rows."""
     first, *_, last = sizes
     columns = [f"{size.rows:,} x {size.width}, ms" for size in sizes]
-    table_of([f"step, {first.ids:,} ids", *columns, "last / first"])
+    print(f"\n{head(f'step, {first.ids:,} ids', [*columns, 'last / first'])}")
     made: dict[str, Callable[[Size], Callable[[], None]]] = {
-        name: functools.partial(started_runner, settings()[name]) for name in (LAZY, EXACT, INT8)
+        name: functools.partial(started_runner, compared()[name]) for name in TIMED[:3]
     }
     if has_torch():
         made[TORCH] = lambda size: next(iter(torch_runners(size, all_threads=False).values()))
-    made[TOUCHED] = touching
-    for name, make in made.items():  # one after the other: of memory there is little
+    made["rows only read and written"] = touching
+    for name, make in made.items():  # one after the other, which takes less memory
         if left_out := missing_memory(sum(math.prod(size.table) for size in sizes), 12):
-            row(f"{name}: left out, {left_out}", *[""] * (len(sizes) + 1))
-            progress.update(rounds)
+            print(line(f"{name}: left out, {left_out}", [""] * (len(sizes) + 1)))
             continue
-        times = in_turns({str(size): make(size) for size in sizes}, rounds, seconds, progress)
-        ratio = times[str(last)] / times[str(first)]
-        row(name, *(f"{1e3 * time:.3g}" for time in times.values()), f"{ratio:.2f}")
+        taken = times({str(size): make(size) for size in sizes}, rounds, seconds, name)
+        ratio = taken[str(last)] / taken[str(first)]
+        cells = [number(1e3 * time) for time in taken.values()]
+        print(line(name, [*cells, f"{ratio:.2f}"]), flush=True)
 
 
-def print_replay(size: Size, rounds: int, seconds: float, progress: tqdm) -> None:
-    """The table of what missed steps cost, of all rows of a table."""
-    case = f"exact, {size.ids:,} x {size.width}"
-    table_of([case, "none missed, ms", f"{IDLE} missed, ms", "more"])
+def print_replay(size: Size, rounds: int, seconds: float) -> None:
+    """Prints the table of the cost of missed steps, if all rows missed them."""
+    columns = ["none missed, ms", f"{IDLE} missed, ms", "difference, ms"]
+    print(f"\n{head(f'exact, {size.ids:,} x {size.width}', columns)}")
     ids, gradients = jnp.arange(size.ids), jnp.ones(size.vectors)
     for name in ("adam", "adamw"):
-        setting = Setting(getattr(adam_jax, name)(RATE), exact=True)
+        setting = Setting(settings(name)["float32"].optimizer, exact=True)
         table, state = started(setting, size)
         states = [state._replace(last_step=jnp.full(size.rows, COUNT - x)) for x in (0, IDLE)]
         # Nothing is donated: the next call needs it again.
@@ -372,12 +334,13 @@ def print_replay(size: Size, rounds: int, seconds: float, progress: tqdm) -> Non
                 str(missed): waiting(function, *args, table, state)
                 for missed, state in zip((0, IDLE), states, strict=True)
             }
-            none, all = in_turns(runs, rounds, seconds, progress).values()
-            row(f"{name}: {part}", *(f"{1e3 * time:.3g}" for time in (none, all, all - none)))
+            none, all = times(runs, rounds, seconds, f"{name}: {part}").values()
+            cells = [number(1e3 * time) for time in (none, all, all - none)]
+            print(line(f"{name}: {part}", cells), flush=True)
 
 
 def waiting(function: Any, *args: Any) -> Callable[[], None]:
-    """Calls a function, and waits for its results."""
+    """Returns a function that calls another one and waits for its results."""
 
     def run() -> None:
         jax.block_until_ready(function(*args))
@@ -386,7 +349,7 @@ def waiting(function: Any, *args: Any) -> Callable[[], None]:
 
 
 def print_times(small: bool, rounds: int) -> None:
-    """The three tables of times."""
+    """Prints the three tables of times."""
     if small:
         jax.config.update("jax_disable_most_optimizations", True)  # or most time is the compiler's
         shapes, ids, rounds = [(1000, 32)], [64], 1
@@ -395,19 +358,15 @@ def print_times(small: bool, rounds: int) -> None:
         shapes = [(10**5, 32), (10**5, 128), (10**6, 32), (10**6, 128), (10**7, 32)]
         ids, replay = [512, 4096], Size(4096, 32, 4096)
         growth = [Size(rows, 32, 4096) for rows in (10**5, 10**6, 10**7)]
-    sizes = [Size(*shape, n) for shape in shapes for n in ids]
     seconds = 0.0 if small else 0.1
-    total = sum(turns_of(size, rounds) for size in sizes) + rounds * (4 + has_torch() + 4)
-    progress = tqdm(total=total, unit="round")
     print(machine())
-    print_steps(sizes, rounds, seconds, progress)
-    print_growth(growth, rounds, seconds, progress)
-    print_replay(replay, rounds, seconds, progress)
-    progress.close()
+    print_steps([Size(*shape, n) for shape in shapes for n in ids], rounds, seconds)
+    print_growth(growth, rounds, seconds)
+    print_replay(replay, rounds, seconds)
 
 
 def arguments_of(setting: Setting, size: Size) -> tuple[Any, Any, Any, Any]:
-    """Shapes and dtypes of what goes into an update."""
+    """Returns the shapes and dtypes of an update's arguments."""
     table = jax.ShapeDtypeStruct(size.table, setting.dtype)
     ids = jax.ShapeDtypeStruct((size.ids,), jnp.int32)
     gradients = jax.ShapeDtypeStruct(size.vectors, setting.dtype)
@@ -415,7 +374,7 @@ def arguments_of(setting: Setting, size: Size) -> tuple[Any, Any, Any, Any]:
 
 
 def as_large(text: str, elements: int) -> str:
-    """What a program makes that has so many elements or more, other than by a scatter into it."""
+    """Lists a program's operations, except scatters, with that many elements or more."""
     found = collections.Counter(
         operation
         for result, operation in INSTRUCTION.findall(text)
@@ -428,79 +387,66 @@ def as_large(text: str, elements: int) -> str:
     return ", ".join(f"{n} {operation}" for operation, n in sorted(found.items())) or "none"
 
 
-def print_compiled(target: str, size: Size) -> None:
-    """The table of what the updates take that are compiled for a device."""
-    print(f"The update of a table of {size}, compiled for {target}.")
-    columns = ["temporaries", "of all rows", "arguments", "aliased", "state"]
-    table_of(["", *columns])
-    for name, setting in tqdm(compiled_settings().items()):
-        args = arguments_of(setting, size)
+def print_compiled(target: str, shape: Size) -> None:
+    """Prints the table of updates that are compiled for a device."""
+    print(f"The update of a table of {shape}, compiled for {target}.\n")
+    columns = ["temporaries / float32 table", "of all rows"]
+    print(head("", [*columns, "arguments, MB", "aliased, MB", "state, MB"]))
+    for name in tqdm(COMPILED):
+        setting = compared()[name]
+        args = arguments_of(setting, shape)
         update = jax.jit(setting.rows.update, donate_argnums=(2, 3))
-        compiled: Any = compile_for(target, update, *args)
-        memory = compiled.memory_analysis()
-        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[2:]))
-        row(
-            name,
-            f"{memory.temp_size_in_bytes / (4 * math.prod(size.table)):.4f}",
-            as_large(compiled.as_text(), size.rows),
-            megabytes(memory.argument_size_in_bytes),
-            megabytes(memory.alias_size_in_bytes),
-            megabytes(state),
-        )
+        compiled = compile_for(target, update, *args)
+        found = memory(compiled)
+        cells = [
+            f"{found.temporaries / (4 * math.prod(shape.table)):.4f}",
+            as_large(compiled.as_text(), shape.rows),
+            *map(megabytes, (found.arguments, found.aliased, nbytes(args[2:]))),
+        ]
+        print(line(name, cells), flush=True)
 
 
 def print_scale(sizes: list[Size], topologies: list[str]) -> None:
-    """The table of what an update takes of a table that is divided over chips."""
-    setting = five_bytes()
+    """Prints the table of the update of a table that is divided over chips."""
+    setting = compared()["lazy, 5 bytes"]
     first, *_ = sizes
-    print(
-        f"The update of tables {first.width} wide in 5 bytes, {first.ids:,} ids, on a TPU; MB of "
-        "each chip."
-    )
-    columns = ["arguments", "aliased", "temporaries", "of all rows", "collectives"]
-    table_of(["", *columns])
+    print(f"The update of tables {first.width} wide in 5 bytes, {first.ids:,} ids, on TPU chips.\n")
+    columns = ["arguments, MB", "aliased, MB", "temporaries, MB", "of all rows", "collectives"]
+    print(head("each chip", columns))
     cases = list(itertools.product(sizes, topologies, ["on every chip", "divided"]))
-    for size, topology, where in tqdm(cases):
+    for shape, topology, where in tqdm(cases):
         mesh = Mesh(np.array(tpu(topology)).ravel(), ("chips",))
         divided, everywhere = (NamedSharding(mesh, PartitionSpec(x)) for x in ("chips", None))
-        table = jax.ShapeDtypeStruct(size.table, setting.dtype, sharding=divided)
+        table = jax.ShapeDtypeStruct(shape.table, setting.dtype, sharding=divided)
         shardings = adam_jax.state_shardings(setting.optimizer, table)
         state = placed(jax.eval_shape(setting.rows.init, table), shardings)
-        ids, gradients, *_ = arguments_of(setting, size)
+        ids, gradients, *_ = arguments_of(setting, shape)
         of_ids = divided if where == "divided" else everywhere
         ids, gradients = placed((ids, gradients), (of_ids, of_ids))
         update = jax.jit(
             setting.rows.update, donate_argnums=(2, 3), out_shardings=(divided, shardings)
         )
-        traced = update.trace(ids, gradients, table, state)
-        compiled: Any = traced.lower(lowering_platforms=("tpu",)).compile()
-        memory = compiled.memory_analysis()
-        text = compiled.as_text()
-        row(
-            f"{size.rows:,} rows, {mesh.size} chips, ids {where}",
-            megabytes(memory.argument_size_in_bytes),
-            megabytes(memory.alias_size_in_bytes),
-            megabytes(memory.temp_size_in_bytes),
-            as_large(text, size.rows // mesh.size),
+        compiled = compile_for(topology, update, ids, gradients, table, state)
+        found, text = memory(compiled), compiled.as_text()
+        cells = [
+            *map(megabytes, (found.arguments, found.aliased, found.temporaries)),
+            as_large(text, shape.rows // mesh.size),
             collectives(text),
-        )
+        ]
+        name = f"{shape.rows:,} rows, {mesh.size} chips, ids {where}"
+        print(line(name, cells), flush=True)
 
 
 def main() -> None:
-    """Prints tables in markdown; progress goes to stderr."""
-    parser = argparse.ArgumentParser(description="Measures steps of a table's rows.")
-    parser.add_argument(
+    """Prints tables row by row."""
+    options = parser("row_sparse", __doc__)
+    options.add_argument(
         "--scale", action="store_true", help="compile for a table of a billion rows, on many chips"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="turns that each one gets (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--small", action="store_true", help="small tables: shows within seconds that this runs"
-    )
-    options = parse_target(parser)
+    options.add_argument("--rounds", type=int, default=15, help="turns of each (default: 15)")
+    options = parse_target(options)
     if options.scale:
-        jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
+        only_compile()
         sizes = [Size(rows, 128, 4096) for rows in (10**9, 2**30)]
         topologies = ["v5p:2x2x4", "v5p:4x4x4"]
         if options.small:
@@ -510,7 +456,3 @@ def main() -> None:
         print_compiled(options.target, Size(10**6, 128, 512 if options.small else 4096))
     else:
         print_times(options.small, options.rounds)
-
-
-if __name__ == "__main__":
-    main()

@@ -101,7 +101,7 @@ def program(name: str) -> str:
     folders = [str(folder) for package in packages for folder in Path(package).glob("*/bin")]
     path = shutil.which(name, path=os.pathsep.join(folders))
     if path is None:
-        command = "uv run --group compilers benchmarks/arithmetic.py --sass"
+        command = "uv run --group compilers benchmarks arithmetic --sass"
         sys.exit(f"NVIDIA's {name} is not installed; to run with it: {command}")
     return path
 

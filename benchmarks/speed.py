@@ -1,47 +1,43 @@
-"""Times adam_jax beside optax.adam and, where installed, torch's fused Adam and FlashOptim.
+"""Times adam_jax, optax.adam and, if they are installed, torch's fused Adam and FlashOptim.
 
-    python benchmarks/speed.py
+    uv run benchmarks speed
+    uv run --with torch --with flashoptim-jax benchmarks speed
 
-A first table has Adam in float32, a second one the formats in which moments and weights can be
-stored, and what each of them takes to compile. All of them run in one process, after a warm-up, in
-turns (ours, optax, torch, ours, ...), so that whatever else the machine does falls on all alike.
-Reported are medians over the rounds, and their ratios: absolute times mean little on another
-machine.
+All contestants run in one process and take turns after a warm-up. Tables have medians and their
+ratios; absolute times mean little on another machine. The first table compares float32 with optax
+and torch:
+
+- step: the jitted and donated step, `update` and `optax.apply_updates`;
+- eager update: an `optimizer.update` that is not jitted;
+- trace, lower, compile: the stages of compiling a step, from cold caches. "The optimizer's part" is
+  trace + lower, less the time of a step of gradient descent on the same arguments.
+
+The second table has the step in each storage format, and the time to compile it.
 """
 
-import argparse
-import gc
-import importlib.util
-import os
-import platform
+import functools
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+from command import parser
 from settings import RATE, Setting, Shapes, gpt2, settings, with_optax
-from tqdm import tqdm
+from tables import number, table
+from targets import HERE, Stages, compile_cold
+from timing import has_torch, in_turns, machine, stepping, times
 
 import adam_jax
 
-JAX_OPTIMIZERS = {"adam_jax": adam_jax.adam, "optax": optax.adam}
-NO_OPTIMIZER = "none"
-PLAIN = "adam, float32 moments"
-SEVEN_BYTES = "bfloat16 parameters, int8 remainder, int8 moments"
-LIKE = {  # by setting, FlashOptim's setting that keeps as much
-    "adam, int8 moments": "FlashOptim",
-    SEVEN_BYTES: "FlashOptim, bfloat16 parameters, int8 remainder",
-}
-TIMED = ["optax.adam", PLAIN, "adam, bfloat16 moments", *LIKE, *LIKE.values()]
 TORCH = "torch, fused"
+TIMED = ["optax.adam", "float32", "bfloat16 moments", "int8 moments", "7 bytes"]
+TIMED += [f"FlashOptim, {name}" for name in ("int8 moments", "7 bytes")]
+DESCENT = "gradient descent"
 
 
 def cases(small: bool) -> dict[str, Shapes]:
-    """The shapes of the leaves of each tree; `small` ones run through in seconds."""
+    """Returns the shapes of the leaves of each tree."""
     leaf, many, fewer = ((2**10,), 10, 5) if small else ((2**25,), 1000, 500)
     return {
         f"one leaf of {leaf[0]:,}": [leaf],
@@ -51,49 +47,37 @@ def cases(small: bool) -> dict[str, Shapes]:
     }
 
 
+def cases_of_formats(small: bool) -> dict[str, Shapes]:
+    """Returns the trees for the table of formats; int8 has a scale for each row of a leaf."""
+    leaf = (64, 128) if small else (4096, 8192)
+    return {f"one leaf of {leaf}": [leaf], "GPT-2": cases(small)["GPT-2"]}
+
+
 def normal(shapes: Shapes, seed: int) -> list[jax.Array]:
-    """Standard normal leaves."""
+    """Draws standard normal leaves."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     draw = jax.jit(jax.random.normal, static_argnums=1)
     return [draw(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def jitted_step(setting: Setting, shapes: Shapes) -> Callable[[], None]:
-    """One donated step of a setting, on arrays of its own."""
+    """Returns a function that makes a donated step, on arrays of its own."""
     step = setting.jitted()
     params, gradients = (
         [leaf.astype(setting.dtype) for leaf in normal(shapes, seed)] for seed in (0, 1)
     )
-    carry = params, setting.init(params)
-
-    def run() -> None:
-        nonlocal carry
-        carry = jax.block_until_ready(step(*carry, gradients))
-
-    return run
+    return stepping(lambda *carry: step(*carry, gradients), [params, setting.init(params)])
 
 
-def eager_update(optimizer: optax.GradientTransformation, shapes: Shapes) -> Callable[[], None]:
-    """One un-jitted `optimizer.update`, without `apply_updates`."""
+def eager_update(setting: Setting, shapes: Shapes) -> Callable[[], None]:
+    """Returns a function that calls `optimizer.update` without jit and without applying it."""
     gradients = normal(shapes, seed=1)
-    state = optimizer.init(gradients)
-
-    def run() -> None:
-        nonlocal state
-        _, state = jax.block_until_ready(optimizer.update(gradients, state, gradients))
-
-    return run
-
-
-def no_optimizer() -> optax.GradientTransformation:
-    """A step of gradient descent with Adam's state: what a step costs without the optimizer."""
-    return optax.GradientTransformation(
-        optax.adam(RATE).init, lambda updates, state, params=None: (updates, state)
-    )
+    update = lambda state: setting.optimizer.update(gradients, state, gradients)  # noqa: E731
+    return stepping(update, [setting.init(gradients)])
 
 
 def torch_step(shapes: Shapes) -> Callable[[], None]:
-    """One step of torch's fused Adam."""
+    """Returns a function that makes a step of torch's fused Adam."""
     import torch
 
     params = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -103,66 +87,22 @@ def torch_step(shapes: Shapes) -> Callable[[], None]:
     return lambda: optimizer.step() and None
 
 
-def seconds_per_call(run: Callable[[], None], calls: int) -> float:
-    """The mean time of a few calls in a row, after one that brings their data into the caches."""
-    time.sleep(0.05)  # the threads of the one before, torch's above all, spin for a while
-    run()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+def compile_times(
+    compared: dict[str, Setting], shapes: Shapes, rounds: int, title: str
+) -> dict[str, list[Stages]]:
+    """Returns the time of each stage of compiling each setting's step, in each round."""
 
+    def sample(setting: Setting) -> Stages:
+        params = [jax.ShapeDtypeStruct(shape, setting.dtype) for shape in shapes]
+        state = jax.eval_shape(setting.init, params)
+        return compile_cold(HERE, setting.jitted(), params, state, params)[1]
 
-def in_turns(
-    runs: dict[str, Callable[[], None]], rounds: int, seconds: float, progress: tqdm
-) -> dict[str, float]:
-    """Each one's median time over the rounds, each of which takes about `seconds` of each."""
-    calls = {}
-    for name, run in runs.items():
-        run()  # compiles
-        calls[name] = max(1, round(seconds / seconds_per_call(run, 1)))
-    samples = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(seconds_per_call(run, calls[name]))
-        progress.update()
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def stages(setting: Setting, shapes: Shapes) -> dict[str, float]:
-    """The time of each stage of compiling the step, with nothing remembered from before."""
-    jax.clear_caches()
-    gc.collect()
-    gc.freeze()  # or the collector would walk all of torch in the middle of what is timed
-    params = [jax.ShapeDtypeStruct(shape, setting.dtype) for shape in shapes]
-    state = jax.eval_shape(setting.init, params)
-    start = time.perf_counter()
-    traced = setting.jitted().trace(params, state, params)
-    traced_at = time.perf_counter()
-    lowered = traced.lower()
-    lowered_at = time.perf_counter()
-    lowered.compile()
-    return {
-        "trace": traced_at - start,
-        "lower": lowered_at - traced_at,
-        "trace + lower": lowered_at - start,
-        "compile": time.perf_counter() - lowered_at,
-    }
-
-
-def compile_ratios(timed: dict[str, Setting], shapes: Shapes, rounds: int) -> dict[str, float]:
-    """The time to trace, lower and compile each setting's step, over that of optax.adam."""
-    samples: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(rounds):
-        for name, setting in timed.items():
-            taken = stages(setting, shapes)
-            samples[name].append(taken["trace + lower"] + taken["compile"])
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    return {name: time / medians["optax.adam"] for name, time in medians.items()}
+    samplers = {name: functools.partial(sample, setting) for name, setting in compared.items()}
+    return in_turns(samplers, rounds, f"compile: {title}")
 
 
 def recompilations(make: Callable[..., optax.GradientTransformation]) -> int:
-    """How many programs an eager update compiles for each hyperparameter given a new value."""
+    """Counts the programs that eager updates compile when each hyperparameter changes."""
     compiled = 0
 
     def count(event: str, duration_secs: float, **_: Any) -> None:
@@ -184,136 +124,85 @@ def recompilations(make: Callable[..., optax.GradientTransformation]) -> int:
     return compiled
 
 
-def machine() -> str:
-    """What the numbers were measured on, in one line."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    packages = [f"{package.__name__} {package.__version__}" for package in (jax, optax)]
-    if has_torch():
-        import torch
+def cells(taken: dict[str, float]) -> list[str]:
+    """Returns a row of the first table: ratios, then milliseconds."""
+    ours, theirs = taken["float32"], taken["optax.adam"]
+    torch = taken.get(TORCH)
+    ratios = [f"{ours / theirs:.2f}", f"{ours / torch:.2f}" if torch else ""]
+    return ratios + [number(t and 1e3 * t) for t in (ours, theirs, torch)]
 
-        packages.append(f"torch {torch.__version__} ({torch.get_num_threads()} threads)")
-    return ", ".join(
-        [
-            models[0] if models else platform.processor() or platform.machine(),
-            f"{os.cpu_count()} cores",
-            f"JAX on {jax.devices()[0].device_kind}",
-            f"Python {platform.python_version()}",
-            *packages,
-        ]
+
+def table_of_float32(small: bool, rounds: int, seconds: float) -> str:
+    """Returns the first table."""
+    few = max(1, rounds // 3)  # rounds of what takes seconds
+    pair = {name: settings()[name] for name in ("float32", "optax.adam")}
+    trees, rows = cases(small), {}
+    for case, shapes in trees.items():
+        runs = {name: jitted_step(setting, shapes) for name, setting in pair.items()}
+        if has_torch():
+            runs[TORCH] = torch_step(shapes)
+        rows[f"step: {case}"] = cells(times(runs, rounds, seconds, f"step: {case}"))
+    runs = {name: eager_update(setting, trees["GPT-2"]) for name, setting in pair.items()}
+    rows["eager `update`: GPT-2"] = cells(times(runs, few, 0.0, "eager update: GPT-2"))
+    del runs
+    # A step with Adam's state but without its arithmetic.
+    descent = optax.GradientTransformation(
+        optax.adam(RATE).init, lambda updates, state, params=None: (updates, state)
     )
+    for case, shapes in trees.items():
+        samples = compile_times(pair | {DESCENT: with_optax(descent)}, shapes, few, case)
+
+        def median(*stages: str, samples: Any = samples) -> dict[str, float]:
+            return {
+                name: statistics.median(sum(getattr(x, stage) for stage in stages) for x in found)
+                for name, found in samples.items()
+            }
+
+        both = median("trace", "lower")
+        part = {name: time - both[DESCENT] for name, time in both.items()}
+        rows[f"trace: {case}"] = cells(median("trace"))
+        rows[f"lower: {case}"] = cells(median("lower"))
+        rows[f"trace + lower: {case}"] = cells(both)
+        rows[f"trace + lower, the optimizer's part: {case}"] = cells(part)
+        rows[f"compile: {case}"] = cells(median("compile"))
+    columns = ["float32 / optax", "float32 / torch", "float32, ms", "optax, ms", f"{TORCH}, ms"]
+    return table("float32", columns, rows)
 
 
-def format_cases(small: bool) -> dict[str, Shapes]:
-    """The trees of the table of formats: rows of some length, that int8 has a scale for each of."""
-    leaf = (64, 128) if small else (4096, 8192)
-    return {f"one leaf of {leaf}": [leaf], "GPT-2": cases(small)["GPT-2"]}
-
-
-def format_rows(case: str, times: dict[str, float], compiling: dict[str, float]) -> list[str]:
-    """Lines of the table of formats: ratios to float32, and to FlashOptim's like, and the times."""
-    rows = []
-    for name, taken in times.items():
-        peer = times.get(LIKE.get(name, ""))
-        cells = [f"{case}: {name}", f"{taken / times[PLAIN]:.2f}"]
-        cells += [f"{taken / peer:.2f}" if peer else "", f"{1e3 * taken:.3g}"]
-        cells.append(f"{compiling[name]:.1f}")
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
-
-
-def has_torch() -> bool:
-    """Whether torch can be imported; it is not a dependency of this project."""
-    return importlib.util.find_spec("torch") is not None
-
-
-def row(case: str, times: dict[str, float]) -> str:
-    """A line of the table: what was timed, the ratios, the times."""
-    ours, theirs = (times[name] for name in JAX_OPTIMIZERS)
-    torch = times.get(TORCH)
-    cells = [case, f"{ours / theirs:.2f}", f"{ours / torch:.2f}" if torch else ""]
-    cells += [f"{1e3 * t:.3g}" if t else "" for t in (ours, theirs, torch)]
-    return f"| {' | '.join(cells)} |"
+def tables_of_formats(small: bool, rounds: int, seconds: float) -> list[str]:
+    """Returns a table of the storage formats for each tree."""
+    compared = {name: setting for name, setting in settings().items() if name in TIMED}
+    tables = []
+    for case, shapes in cases_of_formats(small).items():
+        compiling = {
+            name: statistics.median(map(sum, samples))
+            for name, samples in compile_times(compared, shapes, rounds, case).items()
+        }
+        runs = {name: jitted_step(setting, shapes) for name, setting in compared.items()}
+        taken = times(runs, rounds, seconds, f"step: {case}")
+        del runs
+        rows = {}
+        for name, time in taken.items():
+            peer = taken.get(f"FlashOptim, {name}")
+            ratios = [f"{time / taken['float32']:.2f}", f"{time / peer:.2f}" if peer else ""]
+            compile_ratio = compiling[name] / compiling["optax.adam"]
+            rows[name] = [*ratios, number(1e3 * time), f"{compile_ratio:.1f}"]
+        columns = ["time / float32", "time / the same of FlashOptim", "ms", "compile time / optax"]
+        tables.append(table(f"step of {case}", columns, rows, best={"ms": min}))
+    return tables
 
 
 def main() -> None:
-    """Measures everything and prints a table in markdown; progress goes to stderr."""
-    parser = argparse.ArgumentParser(
-        description="Times adam_jax beside optax.adam and torch's fused Adam, in turns, and "
-        "prints ratios and medians as a markdown table."
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="turns that each one gets (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--small",
-        action="store_true",
-        help="tiny shapes: shows within seconds that all of this runs; the times mean nothing",
-    )
-    options = parser.parse_args()
-    trees = cases(options.small)
+    """Measures everything, then prints the tables."""
+    arguments = parser("speed", __doc__)
+    arguments.add_argument("--rounds", type=int, default=15, help="turns of each (default: 15)")
+    options = arguments.parse_args()
     seconds = 0.0 if options.small else 0.1
-    few = max(1, options.rounds // 3)  # rounds for what takes seconds
-    format_trees = format_cases(options.small)
-    total = len(trees) * (options.rounds + few) + few + len(format_trees) * few
-    progress = tqdm(total=total, unit="round")
-    optimizers = {name: make(RATE) for name, make in JAX_OPTIMIZERS.items()}
-
-    rows = []
-    for case, shapes in trees.items():
-        runs = {
-            name: jitted_step(with_optax(optimizer, jnp.float32), shapes)
-            for name, optimizer in optimizers.items()
-        }
-        if has_torch():
-            runs[TORCH] = torch_step(shapes)
-        rows.append(row(f"step: {case}", in_turns(runs, options.rounds, seconds, progress)))
-    gpt2_shapes = trees["GPT-2"]
-    runs = {name: eager_update(optimizer, gpt2_shapes) for name, optimizer in optimizers.items()}
-    rows.append(row("eager `update`: GPT-2", in_turns(runs, few, 0.0, progress)))
-    del runs
-    compiled = optimizers | {NO_OPTIMIZER: no_optimizer()}
-    for case, shapes in trees.items():
-        samples = {name: [] for name in compiled}
-        for _ in range(few):
-            for name, optimizer in compiled.items():
-                samples[name].append(stages(with_optax(optimizer, jnp.float32), shapes))
-            progress.update()
-        for stage in samples[NO_OPTIMIZER][0]:
-            medians = {
-                name: statistics.median(sample[stage] for sample in times)
-                for name, times in samples.items()
-            }
-            rows.append(row(f"{stage}: {case}", medians))
-            if stage == "trace + lower":
-                floor = medians[NO_OPTIMIZER]
-                beyond = {name: time - floor for name, time in medians.items()}
-                rows.append(row(f"{stage}, the optimizer's part: {case}", beyond))
-    format_table = []
-    for case, shapes in format_trees.items():
-        timed = {name: setting for name, setting in settings().items() if name in TIMED}
-        compiling = compile_ratios(timed, shapes, few)
-        runs = {name: jitted_step(setting, shapes) for name, setting in timed.items()}
-        format_table += format_rows(case, in_turns(runs, few, seconds, progress), compiling)
-        del runs
-    progress.close()
-
-    print(f"{machine()}\n")
-    print(f"| | ours / optax | ours / torch | ours, ms | optax, ms | {TORCH}, ms |")
-    print("|---|---|---|---|---|---|")
-    print(*rows, sep="\n")
-    counts = {name: recompilations(make) for name, make in JAX_OPTIMIZERS.items()}
-    print(
-        "\nPrograms compiled by eager updates when learning rate, b1, b2 and eps change:", end=" "
-    )
-    print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
-    print(
-        "\n| step, with storage formats | / float32 | / FlashOptim's like | ms | compile / optax |"
-    )
-    print("|---|---|---|---|---|")
-    print(*format_table, sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+    first = table_of_float32(options.small, options.rounds, seconds)
+    others = tables_of_formats(options.small, max(1, options.rounds // 3), seconds)
+    print(f"{machine()}\n\n{first}\n")
+    counts = [recompilations(make) for make in (adam_jax.adam, optax.adam)]
+    print("Programs compiled by eager updates when learning rate, b1, b2 and eps change: ", end="")
+    print("adam_jax {}, optax {}.".format(*counts))
+    for found in others:
+        print(f"\n{found}")

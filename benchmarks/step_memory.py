@@ -1,44 +1,46 @@
-"""Draws the device memory over the course of a training step, plain and with gradient release.
+"""Draws the memory in use over a training step, plain and with gradient release.
 
-    uv run --group compilers benchmarks/step_memory.py
-    uv run --group compilers benchmarks/step_memory.py --setting float32 --output float32.png
+    uv run --group compilers benchmarks step_memory
+    uv run --group compilers benchmarks step_memory --setting float32 --output float32.png
 
-Compiles both steps of `release.py` for an H100, which need not be here: 16 layers of a GPT, stacked
-and scanned, with `jax.checkpoint` around each, for 128 tokens. Parameters and state are donated.
-Nothing runs. What is drawn is what XLA writes down when it compiles: the order of the instructions,
-the first and the last of them that each value is there for, and its place in memory.
+Compiles both steps of `release.py` for an H100, without an H100: 16 layers of a GPT, stacked and
+scanned, with `jax.checkpoint` around each, for 128 tokens. Parameters and state are donated.
+Nothing runs. The picture shows what XLA records while it compiles: the order of the instructions,
+the first and the last instruction of each value's life, and its place in memory.
 
 - Upward is the memory in use at an instruction, divided by the number of parameters. Bytes that
   several values share, such as a result that is written over its operand, count once.
-- To the right are the instructions, in the order in which the device takes them up. Those that move
-  no data, such as `bitcast`, are left out. A loop's body stands there once, although it runs once
-  for each layer. The axis is not time.
-- Parameters and state are the program's arguments, over which the new ones are written: they are in
-  use throughout. So is the batch, which is small and counts among them.
+- To the right are the instructions, in the order in which the device starts them. Those that move
+  no data, such as `bitcast`, are left out. A loop's body appears once, although it runs once for
+  each layer. The axis is not time.
+- Parameters and state are the program's arguments. The new ones are written over them, so they are
+  in use throughout. The batch, which is small, counts among them.
 - Gradients are values outside of the arguments with the shape of a stack of matrices, and matrix
   products, or partial sums of them, that are the gradient of one layer's matrix. The gradients of
   vectors are small, and count among the rest.
-- The rest is what the forward pass saves, what is in use in between and, with gradient release, a
-  layer's new parameters and state before they are written over the old ones.
+- The rest is what the forward pass saves, intermediate values and, with gradient release, a layer's
+  new parameters and state before they are written over the old ones.
 
-The table has the parts where most is in use, their sum, and what the compiler sets aside by its own
-account: arguments + temporaries.
+The table has the parts at the instruction where most memory is in use, their sum, and the memory
+that the compiler reserves by its own account.
 """
 
 import re
 import tempfile
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from command import only_compile, parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from release import MODELS, OPTIMIZERS, SMALL, both_steps
-from targets import compile_for
+from release import MODELS, SMALL, arguments, both_steps
+from settings import RELEASED, settings
+from tables import table
+from targets import compile_for, count, memory
 
 TARGET = "h100"
 TITLES = {
@@ -67,25 +69,25 @@ class Instruction(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A value that has a place in memory."""
+    """A value with its place in memory."""
 
     name: str  # of its instruction
     shape: Shape
     place: Interval  # its addresses, in which allocations lie one after the other
-    life: Interval  # the first and the last instruction that it is there for
+    life: Interval  # its first and last instruction
     argument: bool
 
 
 class Curves(NamedTuple):
-    """What is drawn of a step."""
+    """A step's curves."""
 
     parts: dict[str, np.ndarray]  # bytes per parameter at each instruction
     scans: list[Interval]  # where the loops are
-    allocated: float  # bytes per parameter that the compiler sets aside
+    allocated: float  # bytes per parameter that the compiler reserves
 
 
 def read_program(text: str) -> dict[str, Instruction]:
-    """The instructions of all computations by name, from the text of a compiled program."""
+    """Reads the instructions of all computations, by name, from a compiled program's text."""
     program: dict[str, Instruction] = {}
     computation = ""
     for line in text.splitlines():
@@ -101,14 +103,14 @@ def read_program(text: str) -> dict[str, Instruction]:
 
 
 def read_lives(text: str) -> tuple[list[str], dict[str, Interval]]:
-    """The names of instructions in order, and the first and last one of each value's life."""
+    """Reads the instructions' names in order, and the first and last one of each value's life."""
     order = re.findall(r"^    \d+:(\S+)$", text, re.MULTILINE)
     lives = re.findall(r"^    (\S+):(\d+)-(\d+)$", text, re.MULTILINE)
     return order, {value: (int(first), int(last)) for value, first, last in lives}
 
 
 def read_values(text: str, lives: dict[str, Interval]) -> list[Value]:
-    """The values of a buffer assignment that are there for some instructions."""
+    """Reads the values of a buffer assignment that live for some instructions."""
     values: list[Value] = []
     begin = end = 0
     argument = False
@@ -129,7 +131,7 @@ def read_values(text: str, lives: dict[str, Interval]) -> list[Value]:
 
 
 def find_scans(program: dict[str, Instruction], order: list[str]) -> list[Interval]:
-    """The first and last instruction of each loop over layers."""
+    """Returns the first and last instruction of each loop over layers."""
     scans = []
     for last, name in enumerate(order):
         if program[name].opcode == "while":
@@ -142,9 +144,9 @@ def find_scans(program: dict[str, Instruction], order: list[str]) -> list[Interv
 def find_gradients(
     values: list[Value], program: dict[str, Instruction], stacks: set[Shape]
 ) -> list[Value]:
-    """The gradients, of all layers or of one, among values that are no arguments."""
+    """Returns the gradients, of all layers or of one, among values that are no arguments."""
     layers = {shape[1:] for shape in stacks}
-    # So JAX names the product that is the gradient of a matrix: it has to be transposed.
+    # JAX gives this name to the product that is the gradient of a matrix.
     products = {name for name in program if program[name].origin.endswith("/transpose")}
     found = [v for v in values if v.shape[-2:] in layers and v.name in products]
     assert {value.shape[-2:] for value in found} == layers, "not a gradient for each matrix"
@@ -152,7 +154,7 @@ def find_gradients(
 
 
 def covered(places: Iterable[Interval]) -> int:
-    """The number of bytes in any of some intervals."""
+    """Returns the number of bytes that some intervals cover."""
     count = reached = 0
     for begin, end in sorted(places):
         count += max(0, end - max(begin, reached))
@@ -161,55 +163,52 @@ def covered(places: Iterable[Interval]) -> int:
 
 
 def in_use(values: list[Value], steps: list[int]) -> np.ndarray:
-    """The bytes of values at some instructions."""
+    """Returns the bytes of the values that live at each of some instructions."""
     alive = lambda i: (v.place for v in values if v.life[0] <= i <= v.life[1])  # noqa: E731
     return np.array([covered(alive(i)) for i in steps])
 
 
 def measure(step: Any, params: Any, state: Any, batch: Any) -> Curves:
-    """Compiles a step and reads what the compiler writes down."""
+    """Compiles a step and reads what the compiler records."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_for(TARGET, step, params, state, batch, xla_dump_to=folder)
 
-        def written(ending: str) -> str:
+        def recorded(ending: str) -> str:
             (path,) = Path(folder).glob(f"*after_optimizations{ending}.txt")
             return path.read_text()
 
-        program = read_program(written(""))
-        order, lives = read_lives(written("-live-range"))
-        values = read_values(written("-buffer-assignment"), lives)
+        program = read_program(recorded(""))
+        order, lives = read_lives(recorded("-live-range"))
+        values = read_values(recorded("-buffer-assignment"), lives)
     stacks = {x.shape for x in jax.tree.leaves(params) if x.ndim > 2}
     others = [value for value in values if not value.argument]
     gradients = find_gradients(others, program, stacks)
     steps = [i for i, name in enumerate(order) if program[name].opcode not in FREE]
-    count = sum(x.size for x in jax.tree.leaves(params))
-    memory = compiled.memory_analysis()
-    assert memory is not None, "this backend does not count memory"
-    arguments = memory.argument_size_in_bytes
+    size = count(params)
+    found = memory(compiled)
     gradient, other = in_use(gradients, steps), in_use(others, steps)
-    allocated = arguments + memory.temp_size_in_bytes
-    # A few scalars of outputs and constants are not among what the compiler counts.
-    assert arguments + other.max() < allocated + 1024, "more in use than there is"
-    bands = np.full(len(steps), arguments), gradient, other - gradient
+    # The compiler does not count a few scalars of outputs and constants.
+    assert found.arguments + other.max() < found.peak + 1024, "more in use than there is"
+    bands = np.full(len(steps), found.arguments), gradient, other - gradient
     position = lambda i: int(np.searchsorted(steps, i))  # noqa: E731
     scans = [(position(first), position(last)) for first, last in find_scans(program, order)]
-    parts = {part: band / count for part, band in zip(PARTS, bands, strict=True)}
-    return Curves(parts, scans, allocated / count)
+    parts = {part: band / size for part, band in zip(PARTS, bands, strict=True)}
+    return Curves(parts, scans, found.peak / size)
 
 
 def at_peak(curves: Curves) -> dict[str, float]:
-    """The parts, in bytes per parameter, where most is in use at once."""
+    """Returns the parts, in bytes per parameter, at the instruction with most in use."""
     place = np.argmax(sum(curves.parts.values()))
     return {part: float(band[place]) for part, band in curves.parts.items()}
 
 
 def peak(curves: Curves) -> float:
-    """The most bytes per parameter that are in use at once."""
+    """Returns the most bytes per parameter that are in use at one time."""
     return sum(at_peak(curves).values())
 
 
 def draw_step(axes: Axes, name: str, curves: Curves, layers: int, top: float) -> None:
-    """The parts one upon the other, and above them where the program's sections are."""
+    """Stacks the parts, and marks the program's sections above them."""
     bands = [np.append(band, band[-1]) for band in curves.parts.values()]
     end = len(bands[0]) - 1
     at = range(end + 1)
@@ -230,7 +229,7 @@ def draw_step(axes: Axes, name: str, curves: Curves, layers: int, top: float) ->
 
 
 def draw_section(axes: Axes, section: Interval, top: float, label: str) -> None:
-    """A labelled bracket over some instructions, and thin lines down from its ends."""
+    """Draws a labelled bracket over some instructions, with thin lines down from its ends."""
     begin, end = section
     height = 1.09 * top
     axes.vlines(section, 0, height, color="#222222", linewidth=0.5, alpha=0.5)
@@ -239,7 +238,7 @@ def draw_section(axes: Axes, section: Interval, top: float, label: str) -> None:
 
 
 def draw(steps: dict[str, Curves], layers: int, path: Path) -> None:
-    """Draws all steps into a PNG, on white: it stands on light and on dark pages."""
+    """Draws all steps into a PNG, on white, for light and dark pages."""
     figure = Figure(figsize=(9, 4.4), layout=ConstrainedLayoutEngine(wspace=0.05))
     top = max(peak(curves) for curves in steps.values())
     panels = figure.subplots(1, len(steps), sharey=True)
@@ -253,37 +252,28 @@ def draw(steps: dict[str, Curves], layers: int, path: Path) -> None:
 
 
 def main() -> None:
-    """Compiles both steps, draws them and prints a table in markdown."""
-    parser = ArgumentParser(
-        description="Draws the device memory over the course of a training step, as compiled for "
-        "an H100, plain and with gradient release.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--setting", choices=OPTIMIZERS, default="7 bytes", help="dtypes of parameters and state")
-    add("--small", action="store_true", help="a small model, to see that this runs")
+    """Compiles both steps, draws them and prints a table."""
+    options = parser("step_memory", __doc__)
+    add = options.add_argument
+    add("--setting", choices=RELEASED, default="7 bytes", help="default: %(default)s")
     picture = Path(__file__).parent.parent / "docs" / "step_memory.png"
-    add("--output", type=Path, default=picture, metavar="PATH", help="the picture")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # or JAX would look for the device itself
-    jax.config.update("jax_enable_compilation_cache", False)  # what is cached writes nothing down
+    add("--output", type=Path, default=picture, metavar="PATH", help="default: %(default)s")
+    options = options.parse_args()
+    only_compile()
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program records nothing
     model, layers = (SMALL["mlp"], 4) if options.small else (MODELS["gpt"], 16)
-    optimizer, dtype = OPTIMIZERS[options.setting]
-    params = model.params(layers, dtype)
-    state = jax.eval_shape(optimizer.init, params)
-    batch = jax.ShapeDtypeStruct(model.batch, dtype)
+    setting = settings("adamw")[options.setting]
+    args = arguments(model, layers, setting)
     steps = {
-        name: measure(step, params, state, batch)
-        for name, step in both_steps(model.loss, optimizer).items()
+        name: measure(step, *args)
+        for name, step in both_steps(model.loss, setting.optimizer).items()
     }
     draw(steps, layers, options.output)
-    print(f"| bytes per parameter | {' | '.join(PARTS)} | peak | set aside |")
-    print("|---" * (len(PARTS) + 3) + "|")
-    for name, curves in steps.items():
-        cells = [*at_peak(curves).values(), peak(curves), curves.allocated]
-        print(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    rows = {}
+    for name, curves in zip(
+        (options.setting, RELEASED[options.setting]), steps.values(), strict=True
+    ):
+        sizes = [*at_peak(curves).values(), peak(curves), curves.allocated]
+        rows[name] = [f"{x:.3f}" for x in sizes]
+    print(table("bytes per parameter", [*PARTS, "peak", "reserved"], rows))
     print(f"\npicture: {options.output}")
-
-
-if __name__ == "__main__":
-    main()

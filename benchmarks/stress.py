@@ -1,11 +1,11 @@
-"""How well formats for Adam's moments do on gradients that are hard on them.
+"""Compares formats for Adam's moments on gradients that are hard on them.
 
-    python benchmarks/stress.py
+    uv run benchmarks stress
 
-Each format's Adam and float32 Adam get the same gradients, and their updates, u and u32, are
-compared over all steps (the last 600 where one half of the coordinates falls quiet, and the second
-half of them in the row that says so). Three tables, a row for each kind of gradients and a column
-for each format:
+Each format's Adam and float32 Adam get the same gradients. The benchmark compares their updates, u
+and u32, over all steps (the last 600 if half of the coordinates become quiet, and the second half
+of them in the row that mentions it). Three tables have a row for each kind of gradients and a
+column for each format:
 
 - the update's relative error: the square root of sum |u - u32|^2 / sum |u32|^2;
 - the largest step, max |u| over max |u32|;
@@ -14,12 +14,11 @@ for each format:
 A fourth table has the worst relative error of the update over the first steps on normal gradients,
 for int8 moments and several betas.
 
-An exact format has 0, 1 and 1. eps is 1e-30, so that nothing hides a nu that is too small. Formats
-of this package are named by how they keep mu and nu. "optax, bfloat16" gets gradients in bfloat16
-and keeps both moments in it. `peers.py` has FlashOptim's and bitsandbytes' formats.
+An exact format has 0, 1 and 1. eps is 1e-30, so it hides no nu that is too small. optax.adam with
+bfloat16 gradients keeps both moments in bfloat16. `peers.py` has the formats of FlashOptim and
+bitsandbytes.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,12 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import peers
+from command import parser
+from settings import MOMENTS
+from tables import number, table
 from tqdm import tqdm
 
 import adam_jax
 
 B1, B2, EPS = 0.9, 0.999, 1e-30
-REFERENCE = "float32, float32"
+REFERENCE = "float32"
 BETAS = [
     *((0.9, 0.999), (0.9, 0.98), (0.9, 0.95), (0.8, 0.9), (0.95, 0.95), (0.95, 0.99)),
     *((0.9, 0.9999), (0.98, 0.92), (0.5, 0.999), (0.0, 0.999), (0.0, 0.99)),
@@ -55,14 +57,14 @@ class Gradients(NamedTuple):
 
 
 class Format(NamedTuple):
-    """An Adam, and the dtype of the gradients that it gets."""
+    """An Adam, and the dtype of its gradients."""
 
     optimizer: optax.GradientTransformation
     dtype: type = jnp.float32
 
 
 class Seen(NamedTuple):
-    """What is kept of one step's updates."""
+    """A summary of one step's updates."""
 
     largest: jax.Array
     norm: jax.Array
@@ -70,27 +72,23 @@ class Seen(NamedTuple):
 
 
 def formats() -> dict[str, Format]:
-    """All formats, by the name of their column."""
-    ours = {
-        f"{mu}, {nu}": Format(adam_jax.scale_by_adam(eps=EPS, mu_dtype=mu, nu_dtype=nu))
-        for mu, nu in [
-            ("float32", "float32"),
-            ("bfloat16", "bfloat16"),
-            ("int8", "float32"),
-            ("int8", "bfloat16"),
-            ("int8", "int8"),
-        ]
-    }
-    return ours | {
-        "optax, bfloat16 mu": Format(optax.scale_by_adam(eps=EPS, mu_dtype=jnp.bfloat16)),
-        "optax, bfloat16": Format(optax.scale_by_adam(eps=EPS), jnp.bfloat16),
-        "FlashOptim": Format(peers.flashoptim(EPS)),
-        "bitsandbytes": Format(peers.bitsandbytes(EPS)),
+    """Returns all formats, by the name of their column."""
+
+    def ours(mu: str, nu: str) -> Format:
+        return Format(adam_jax.scale_by_adam(eps=EPS, mu_dtype=mu, nu_dtype=nu))
+
+    return {name: ours(moments, moments) for name, moments in MOMENTS.items()} | {
+        "int8 mu, float32 nu": ours("int8", "float32"),
+        "int8 mu, bfloat16 nu": ours("int8", "bfloat16"),
+        "optax.adam, bfloat16 mu": Format(optax.scale_by_adam(eps=EPS, mu_dtype=jnp.bfloat16)),
+        "optax.adam, bfloat16 gradients": Format(optax.scale_by_adam(eps=EPS), jnp.bfloat16),
+        "FlashOptim, int8 moments": Format(peers.flashoptim(EPS)),
+        "bitsandbytes, 8 bits": Format(peers.bitsandbytes(EPS)),
     }
 
 
 def gradients(key: jax.Array, shape: Shape, steps: int) -> list[Gradients]:
-    """All kinds of gradients."""
+    """Returns all kinds of gradients."""
     half = steps // 2
     all_steps, late = slice(steps), slice(half, steps)
     spread = jax.random.normal(key, shape)
@@ -145,7 +143,7 @@ def gradients(key: jax.Array, shape: Shape, steps: int) -> list[Gradients]:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """The Euclidean norm, finite where the sum of squares would not be."""
+    """Returns the Euclidean norm, finite even if the sum of squares is not."""
     largest = jnp.max(jnp.abs(x))
     largest = jnp.where(largest > 0, jnp.minimum(largest, jnp.finfo(x.dtype).max), 1)
     return largest * jnp.sqrt(jnp.sum(jnp.square(x / largest)))
@@ -153,12 +151,12 @@ def norm(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def draw_steps(draw: Draw, key: jax.Array, steps: jax.Array) -> jax.Array:
-    """The gradients of a few steps."""
+    """Draws the gradients of a few steps."""
     return jax.vmap(lambda t: draw(jax.random.fold_in(key, t), t))(steps)
 
 
 def follow(formats: dict[str, Format]) -> Callable[[Any, jax.Array], tuple[Any, dict[str, Seen]]]:
-    """A function from each format's state and the gradients of a few steps to what follows."""
+    """Returns a function that makes a few steps of each format, and summarizes them."""
 
     def step(states: Any, gradient: jax.Array) -> tuple[Any, dict[str, Seen]]:
         new_states, updates = {}, {}
@@ -176,14 +174,14 @@ def follow(formats: dict[str, Format]) -> Callable[[Any, jax.Array], tuple[Any, 
 
 
 def read_nu(format: Format, state: Any, expected: np.ndarray, count: int) -> np.ndarray:
-    """What the next step, number `count`, takes nu to be, however the format keeps it.
+    """Returns the nu that the next step, number `count`, uses, in any format.
 
-    Gradients h and -h would make updates that differ, whatever mu is, by
+    The updates for gradients h and -h differ, for any mu, by
 
         2 (1 - b1) h / (1 - b1^count) / sqrt((b2 nu + (1 - b2) h^2) / (1 - b2^count))
 
-    h is some ten times the root of the expected nu, so that neither term hides the other. What a
-    format does to these updates is averaged out over several h.
+    With h about ten times the root of the expected nu, neither term hides the other. A mean over
+    several h averages out the format's own errors.
     """
     readings = []
     for factor in np.geomspace(7, 14, 8):
@@ -211,7 +209,7 @@ def score(
     shape: Shape,
     progress: tqdm,
 ) -> dict[str, Score]:
-    """Every format on one kind of gradients."""
+    """Scores every format on one kind of gradients."""
     states: Any = {
         name: optimizer.init(jnp.zeros(shape, dtype))
         for name, (optimizer, dtype) in formats.items()
@@ -245,7 +243,7 @@ def score(
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def errors_of_betas(b1: jax.Array, b2: jax.Array, shape: Shape, steps: int) -> jax.Array:
-    """The relative error of int8's update at each step, on normal gradients."""
+    """Returns the relative error of int8's update at each step, on normal gradients."""
     make: Any = functools.partial(adam_jax.scale_by_adam, b1, b2, eps=EPS)
     stored, exact = make(mu_dtype="int8", nu_dtype="int8"), make()
 
@@ -261,41 +259,19 @@ def errors_of_betas(b1: jax.Array, b2: jax.Array, shape: Shape, steps: int) -> j
 
 
 def table_of_betas(shape: Shape, steps: int) -> str:
-    """The fourth table, in markdown."""
-    lines = ["| b1, b2 | worst | last |", "|---" * 3 + "|"]
+    """Returns the fourth table."""
+    rows = {}
     for b1, b2 in BETAS:
         errors = np.asarray(errors_of_betas(jnp.float32(b1), jnp.float32(b2), shape, steps))
-        lines.append(f"| {b1}, {b2} | {errors.max():.3f} | {errors[-1]:.3f} |")
-    return "\n".join(lines)
-
-
-def table(title: str, field: str, rows: dict[str, dict[str, Score]]) -> str:
-    """One of the tables, in markdown."""
-    columns = [name for name in next(iter(rows.values())) if name != REFERENCE]
-    lines = [
-        f"| {title} | {' | '.join(columns)} |",
-        "|---" * (1 + len(columns)) + "|",
-        *(
-            f"| {kind} | {' | '.join(f'{getattr(scores[name], field):.3g}' for name in columns)} |"
-            for kind, scores in rows.items()
-        ),
-    ]
-    return "\n".join(lines)
+        rows[f"{b1}, {b2}"] = [f"{errors.max():.3f}", f"{errors[-1]:.3f}"]
+    return table("b1, b2", ["worst error", "last error"], rows)
 
 
 def main() -> None:
-    """Runs everything and prints the tables; progress goes to stderr."""
-    parser = argparse.ArgumentParser(
-        description="Compares formats of Adam's moments with float32 on hard gradients, and "
-        "prints three markdown tables."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--small",
-        action="store_true",
-        help="few steps on a small leaf: shows within seconds that all of this runs",
-    )
-    options = parser.parse_args()
+    """Runs everything, then prints the tables."""
+    options = parser("stress", __doc__)
+    options.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options = options.parse_args()
     shape, steps = ((8, 512), 120) if options.small else ((64, 1024), 1200)
     model_key, step_key = jax.random.split(jax.random.key(options.seed))
     kinds = gradients(model_key, shape, steps)
@@ -305,16 +281,17 @@ def main() -> None:
         rows = {kind.name: score(kind, compared, run, step_key, shape, progress) for kind in kinds}
     print(f"A leaf of {shape}, {steps} steps (the last row {kinds[-1].steps}), ", end="")
     print(f"eps {EPS}, seed {options.seed}.")
+    columns = [name for name in compared if name != REFERENCE]
     for title, field in [
         ("relative error of the update", "error"),
-        ("largest step over float32's", "largest_step"),
-        ("sqrt(nu) over float32's", "sqrt_nu"),
+        ("largest step / float32's", "largest_step"),
+        ("sqrt(nu) / float32's", "sqrt_nu"),
     ]:
-        print(f"\n{table(title, field, rows)}")
+        cells = {
+            kind: [number(getattr(scores[name], field)) for name in columns]
+            for kind, scores in rows.items()
+        }
+        print(f"\n{table(title, columns, cells)}")
     square, steps = (64, 64), 100 if options.small else 1000
     print(f"\nint8 moments on a leaf of {square}, {steps} steps of normal gradients.\n")
     print(table_of_betas(square, steps))
-
-
-if __name__ == "__main__":
-    main()

@@ -49,11 +49,9 @@ def test_llama_8b_fits_one_gpu_in_5_bytes_and_not_with_optax():
 
 def test_parts_agree_with_memory_usage():
     case = Case("llama-8b", "h100:8", zero=True)
-    model, training = MODELS[case.model], trainings(case)["5 bytes"]
-    found = measure(case, model, training, batch=1)
-    one = adam_jax.memory_usage(
-        training.setting, model.params(training.setting.dtype), layers=model.stacked
-    )
+    model, setting = MODELS[case.model], trainings(case)["5 bytes"]
+    found = measure(case, model, setting, batch=1)
+    one = adam_jax.memory_usage(setting, model.params(setting.dtype), layers=model.stacked)
     assert found.parts["weights"] == one.weights
     # Divided by 8, except the scales of divided rows: each device holds all of these.
     assert found.parts["gradients"] == pytest.approx(one.gradients / 8, rel=0.01)

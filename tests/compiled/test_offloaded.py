@@ -8,7 +8,8 @@ import pytest
 from covering import first
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optimizers import INT8, seven_bytes
-from release import mlp, plain_step
+from release import mlp
+from settings import with_optax
 from targets import tpu
 
 import adam_jax
@@ -67,7 +68,7 @@ def test_leaves_are_fetched_one_by_one(name):
     optimizer = adam_jax.offload(inner)
     params = [jax.ShapeDtypeStruct((2048, 2048), dtype)] * LAYERS
     batch = jax.ShapeDtypeStruct((8, 2048), dtype)
-    memory = memory_of(optimizer, params, batch, plain_step(unrolled, optimizer))
+    memory = memory_of(optimizer, params, batch, with_optax(optimizer).train_step(unrolled))
     check_host(memory, state)
     assert memory["temp"] < jnp.dtype(dtype).itemsize + 2 * state / LAYERS
 
@@ -79,7 +80,7 @@ def test_no_leaf_is_fetched_before_the_norm_of_all_gradients(name):
     optimizer = adam_jax.offload(optax.chain(optax.clip_by_global_norm(1.0), inner))
     params = [jax.ShapeDtypeStruct((2048, 2048), dtype)] * LAYERS
     batch = jax.ShapeDtypeStruct((8, 2048), dtype)
-    memory = memory_of(optimizer, params, batch, plain_step(unrolled, optimizer))
+    memory = memory_of(optimizer, params, batch, with_optax(optimizer).train_step(unrolled))
     check_host(memory, state)
     assert memory["temp"] < jnp.dtype(dtype).itemsize + 2 * state / LAYERS
 

@@ -9,7 +9,8 @@ from accumulation import account, ways
 from covering import first
 from hlo import Program
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from release import MODELS, OPTIMIZERS, both_steps, gpt, mlp, plain_step, products
+from release import MODELS, arguments, both_steps, gpt, mlp, products
+from settings import settings, with_optax
 from targets import compile_for, tpu
 from trees import untyped
 
@@ -27,10 +28,8 @@ BARS = {
 
 
 def problem(model, layers, kind):
-    optimizer, dtype = OPTIMIZERS[kind]
-    params = model.params(layers, dtype)
-    state = jax.eval_shape(optimizer.init, params)
-    return optimizer, params, state, jax.ShapeDtypeStruct(model.batch, dtype)
+    setting = settings("adamw")[kind]
+    return setting.optimizer, *arguments(model, layers, setting)
 
 
 def copied_stacks(compiled, params):
@@ -95,9 +94,9 @@ def test_only_one_layer_s_gradients_exist_at_a_time(name, layers, kind, target):
 def test_accumulated_gradients_are_in_one_buffer(target, buffer):
     """The step adds one layer's gradients and activations, and no other tree of gradients."""
     way = ways()[f"accumulated_value_and_grad, layers=True, {buffer}"]
-    _, temporaries, _ = map(float, account(target, *way))
+    found = account(target, *way)
     size = jnp.dtype(buffer).itemsize
-    assert size <= temporaries < size + 8 / 16  # of 16 layers
+    assert size <= found.temporaries < size + 8 / 16  # of 16 layers
 
 
 @pytest.mark.covering
@@ -143,7 +142,7 @@ def test_a_chip_of_a_mesh_holds_one_layer_s_gradients(placement, axes, topology)
     for x in collectives(released):
         assert max(array.size for array in x.arrays) <= per_layer, x
     if placement != "FSDP":  # there the plain step has only its part of the gradients
-        plain = compiled(plain_step(model.loss, optimizer))
+        plain = compiled(with_optax(optimizer).train_step(model.loss))
         assert untyped(plain.memory_analysis()).temp_size_in_bytes / size > 2
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import sass
+from settings import settings
 
 X = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
 
@@ -25,6 +26,6 @@ def test_instructions_in_a_loop_count_once_for_each_iteration():
 
 
 def test_adam_has_a_root_and_a_division_for_each_element():
-    setting = arithmetic.settings()["adam, float32 moments"]
+    setting = settings()["float32"]
     counts = arithmetic.count(setting, arithmetic.SASS)
     assert counts["special"] == pytest.approx(2, abs=1e-3)

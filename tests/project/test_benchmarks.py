@@ -1,5 +1,6 @@
-"""The benchmarks run, and what they say about other packages is right."""
+"""The benchmarks run and are listed, and their copies of other packages' formats are right."""
 
+import ast
 import itertools
 import subprocess
 import sys
@@ -11,57 +12,131 @@ import numpy as np
 import peers
 import pytest
 import sass
+import tables
+from catalogue import BENCHMARKS, command, page
 
 ROOT = Path(__file__).parents[2]
 
 
-def printed(script, *options):
-    """The tables that a benchmark prints when it runs with --small, as rows of cells."""
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "benchmarks" / script, "--small", *options],
+def run(*arguments):
+    """Runs `python benchmarks` with these arguments."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "benchmarks", *arguments],
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def printed(name, *options):
+    """Returns the tables that a benchmark prints when it runs with --small, as rows of cells."""
+    finished = run(name, "--small", *options)
     assert finished.returncode == 0, finished.stderr
     blocks = [block.splitlines() for block in finished.stdout.split("\n\n")]
     lines = [[line for line in block if line.startswith("|")] for block in blocks]
-    return [[line.strip("| ").split(" | ") for line in table] for table in lines if table]
+    return [
+        [line.strip("| ").replace("**", "").split(" | ") for line in table]
+        for table in lines
+        if table
+    ]
 
 
-def tables(script):
-    """Those tables as table[row][column]."""
+def numbers(name):
+    """Returns those tables as table[row][column]."""
     found = []
-    for (_, *columns), _, *rows in printed(script):
+    for (_, *columns), _, *rows in printed(name):
         found.append(
             {name: dict(zip(columns, map(float, numbers), strict=True)) for name, *numbers in rows}
         )
     return found
 
 
+def test_without_a_name_all_benchmarks_are_listed():
+    finished = run()
+    assert finished.returncode == 0
+    for name, benchmark in BENCHMARKS.items():
+        assert f"\n{name}: {benchmark.shows}. Takes {benchmark.takes}.\n" in finished.stdout
+        assert f"\n    {command(name)}\n" in finished.stdout
+
+
+def test_an_unknown_name_is_an_error_that_names_all():
+    finished = run("sped")
+    assert finished.returncode == 1
+    assert all(name in finished.stderr for name in BENCHMARKS)
+
+
+def test_every_benchmark_is_in_the_list():
+    """A file with a function `main` is one."""
+    with_main = {
+        path.stem
+        for path in (ROOT / "benchmarks").glob("[!_]*.py")
+        if any(
+            isinstance(node, ast.FunctionDef) and node.name == "main"
+            for node in ast.parse(path.read_text()).body
+        )
+    }
+    # What quality runs, and a picture that goes away.
+    with_main -= {"at_size", "picture"}
+    assert with_main == {name.partition(" ")[0] for name in BENCHMARKS}
+
+
+def test_the_page_has_the_table_of_the_list():
+    assert f"\n{page()}\n" in (ROOT / "docs" / "benchmarks.md").read_text()
+    for benchmark in BENCHMARKS.values():
+        assert not benchmark.page or (ROOT / "docs" / f"{benchmark.page}.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("x", "written"),
+    [
+        (1994.6, "1990"),
+        (999.6, "1000"),
+        (52.06, "52.1"),
+        (0.44551, "0.446"),
+        (0.0099996, "0.0100"),
+        (-3.5, "-3.50"),
+        (0.0, "0.00"),
+        (float("inf"), "inf"),
+        (None, ""),
+    ],
+)
+def test_numbers_have_three_digits_and_no_exponent(x, written):
+    assert tables.number(x) == written
+
+
+def test_the_best_cells_of_a_column_are_bold():
+    rows = {"a": ["2.0", "x"], "b": ["1.0", ""], "c": ["1.0", "y"], "d": ["", ""]}
+    *_, a, b, c, d = tables.table("", ["ms", "note"], rows, best={"ms": min}).splitlines()
+    assert a == "| a | 2.0 | x |"
+    assert b == "| b | **1.0** |  |"
+    assert c == "| c | **1.0** | y |"
+    assert d == "| d |  |  |"
+
+
 @pytest.mark.full
 def test_stress_shows_that_our_formats_hold_and_where_others_fail():
-    errors, largest_steps, root_ratios, betas = tables("stress.py")
+    errors, largest_steps, root_ratios, betas = numbers("stress")
     assert len(betas) == 11
     assert all(row["worst"] < 0.15 for row in betas.values())  # after 1000 steps .14
     for kind, row in errors.items():
         for format, error in row.items():
-            if format.split(", ")[0] in ("bfloat16", "int8"):
+            if not format.startswith(("optax", "FlashOptim", "bitsandbytes")):
                 # Twice the worst of int8, which is .1.
                 assert error < 0.2, (kind, format)
                 assert largest_steps[kind][format] < 1.5, (kind, format)  # the worst is 1.3
                 assert 0.95 < root_ratios[kind][format] < 1.05, (kind, format)
     hard = "log-normal scales, sigma 2, tenfold drop"
-    assert largest_steps[hard]["FlashOptim"] > 1000  # a nu that is 0 beside a large one
-    assert largest_steps[hard]["bitsandbytes"] > 1000
+    flash, other = "FlashOptim, int8 moments", "bitsandbytes, 8 bits"
+    assert largest_steps[hard][flash] > 1000  # a nu that is 0 next to a large one
+    assert largest_steps[hard][other] > 1000
     # nu kept in bfloat16, or rounded to nearest, does not follow the gradients down.
     quiet = root_ratios["every second falls tenfold, long after"]
-    assert all(quiet[name] > 1.2 for name in ("optax, bfloat16", "FlashOptim", "bitsandbytes"))
+    assert all(quiet[name] > 1.2 for name in ("optax.adam, bfloat16 gradients", flash, other))
 
 
 @pytest.mark.slow
 def test_bytes_are_those_of_the_formats_and_all_state_is_updated_in_place():
-    (table,) = tables("bytes.py")
+    (table,) = numbers("bytes")
     for name, row in table.items():
         stored = row["weight"] + row["gradient"] + row["state"]
         assert row["arguments"] == pytest.approx(stored, abs=0.002), name
@@ -70,19 +145,19 @@ def test_bytes_are_those_of_the_formats_and_all_state_is_updated_in_place():
         assert row["aliased"] == pytest.approx(row["weight"] + row["state"], abs=0.002), name
         assert row["outputs"] == pytest.approx(row["aliased"], abs=0.002), name
     # A scale and a unit, 8 bytes, for each row of 256; all but 512 of 164,352 parameters have one.
-    smallest = table["bfloat16 parameters, int8 remainder, int8 moments"]
+    smallest = table["7 bytes"]
     assert smallest["arguments"] == pytest.approx(7 + 8 / 256, abs=0.03)
-    assert table["adam, bfloat16 moments"]["arguments"] == pytest.approx(12, abs=0.002)
+    assert table["bfloat16 moments"]["arguments"] == pytest.approx(12, abs=0.002)
     assert table["optax.adam"]["arguments"] == pytest.approx(16, abs=0.002)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("script", "options", "number"),
-    [("speed.py", ["--rounds", "1"], 2), ("gpu.py", [], 3), ("release.py", [], 1)],
+    ("name", "options", "number"),
+    [("speed", ["--rounds", "1"], 3), ("gpu", [], 3), ("release", [], 1)],
 )
-def test_tables_of_times_come_out(script, options, number):
-    found = printed(script, *options)
+def test_tables_of_times_come_out(name, options, number):
+    found = printed(name, *options)
     assert len(found) == number
     for header, _, *rows in found:
         assert len(header) > 3
@@ -93,7 +168,7 @@ def test_tables_of_times_come_out(script, options, number):
 
 @pytest.mark.slow
 def test_times_of_row_sparse_steps_come_out():
-    of_settings, by_rows, of_missed = printed("row_sparse.py")
+    of_settings, by_rows, of_missed = printed("row_sparse")
     settings = {row[0].split(": ")[-1] for row in of_settings[2:]}
     assert {"lazy", "exact", "lazy, int8 moments", "lazy, 5 bytes"} < settings
     assert len(by_rows) > 5
@@ -243,7 +318,7 @@ def test_flashoptim_equals_its_package():
 
 @pytest.mark.slow
 def test_quality_at_size_trains_in_all_settings():
-    ((header, _, *rows),) = printed("quality.py", "--size")
+    ((header, _, *rows),) = printed("quality", "--size")
     assert header[:2] == ["setting", "bytes per parameter"]
     float32, plain, seven, five = (dict(zip(header, row, strict=True)) for row in rows)
     assert float(float32["bytes per parameter"]) == 16

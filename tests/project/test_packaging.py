@@ -160,7 +160,7 @@ def test_importing_adam_jax_imports_little_beside_optax():
 
 @pytest.mark.slow
 def test_the_table_of_import_times_is_printed():
-    printed = run(sys.executable, "-W", "error", ROOT / "benchmarks" / "imports.py", "--small")
+    printed = run(sys.executable, "-W", "error", ROOT / "benchmarks", "imports", "--small")
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[:1] == "|"]
     ratios = {row[0]: float(row[1]) for row in rows[2:]}
     assert ratios["`optax`"] == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import optax
 import pytest
+from catalogue import BENCHMARKS
 from jax import numpy as jnp
 from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -86,10 +87,10 @@ COMMAND = re.compile(
 CI = (ROOT / ".ci" / "run").read_text()
 
 # Commands that take seconds.
-RUN = ["uv run benchmarks/arithmetic.py"]
+RUN = ["uv run benchmarks", "uv run benchmarks arithmetic"]
 
 # The others, each with the reason, and with the test that does part of the same, if there is one.
-FLASH = "--with flashoptim-jax"
+# Those of benchmarks need none: their list has durations, and test_benchmarks.py runs them smaller.
 NOT_RUN = {
     "bash .ci/run": "runs this test",
     "pip install .": "tests/project/test_packaging.py installs the wheel",
@@ -101,34 +102,8 @@ NOT_RUN = {
     "uv run pytest notebooks": "part of `uv run pytest`",
     "uv run --group compilers pytest tests/compiled --full": "takes hours: CI, without --full",
     "uv run --script tests/golden/make_golden.py": "needs torch and Keras",
-    # benchmarks
-    f"uv run --group compilers {FLASH} benchmarks/bytes.py --target h100": "needs CUDA's compiler",
-    "uv run --group compilers benchmarks/arithmetic.py --sass": "needs CUDA's compiler",
     'uv run examples/gpt --setting "5 bytes"': "takes minutes: tests/project/test_examples.py",
-    "uv run benchmarks/release.py": "takes minutes: tests/project/test_benchmarks.py",
-    "uv run --group compilers benchmarks/accumulation.py --target v5e": "takes minutes",
-    "uv run --group compilers benchmarks/accumulation.py --target h100": "takes minutes",
-    "uv run --group compilers benchmarks/release.py --target v5e": "takes minutes",
-    "uv run --group compilers benchmarks/release.py --target h100": "takes minutes",
-    "uv run --group compilers benchmarks/release.py --target v5e --fit": (
-        "needs a TPU's compiler: tests/compiled/test_released.py"
-    ),
-    "uv run --group compilers benchmarks/memory.py --model llama-8b --target h100": (
-        "takes minutes: CI, with --small, and tests/compiled/test_models.py"
-    ),
-    f"uv run --group compilers {FLASH} benchmarks/memory.py": "takes hours: CI, with --small",
-    f"uv run --group compilers {FLASH} benchmarks/memory.py --picture docs/memory.png": (
-        "takes minutes: CI, with --small"
-    ),
-    "uv run --with torch benchmarks/row_sparse.py": "needs torch: tests/project/test_benchmarks.py",
     "uv run examples/embeddings.py": "takes minutes: tests/project/test_examples.py",
-    f'uv run --with torch {FLASH} --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
-    f"uv run --with torch {FLASH} benchmarks/speed.py": "needs torch",
-    f"uv run {FLASH} benchmarks/quality.py": "takes an hour",
-    "uv run benchmarks/quality.py --size": "takes an hour: tests/project/test_benchmarks.py",
-    "uv run benchmarks/stress.py": "takes minutes: tests/project/test_benchmarks.py",
-    'uv run --with "jax[tpu]" benchmarks/scale.py': "takes minutes: CI, with --small",
-    'uv run --with torch --with "jax[cuda13]" benchmarks/gpu.py': "needs a GPU",
     # endurance
     "uv run tests/endurance/clients.py": "takes minutes: tests/endurance/test_clients.py",
     "uv run tests/endurance/fuzz.py --updates 100000": (
@@ -149,13 +124,16 @@ def commands(text):
 
 
 COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
+OF_BENCHMARKS = [command for command in COMMANDS if re.search(r" benchmarks \w", command)]
 # Each script of ours in them, and the options that it gets there.
 SCRIPTS = collections.defaultdict(set)
-for script, options in re.findall(r"(\S+\.py)(.*)", "\n".join(COMMANDS)):
+for script, options in re.findall(r"(\S+\.py|benchmarks \w+)(.*)", "\n".join(COMMANDS)):
     SCRIPTS[script] |= set(re.findall(r"--[\w-]+", options))
 
 
 def takes_options(script):
+    if script.startswith("benchmarks "):
+        return True
     return (ROOT / script).is_file() and "argparse" in (ROOT / script).read_text()
 
 
@@ -171,7 +149,14 @@ def run(*arguments):
 def test_each_command_runs_here_or_in_ci_or_has_a_reason():
     in_ci = {command for command in COMMANDS if re.search(rf'{re.escape(command)}[\s"]', CI)}
     # None is missing, superfluous or in two of the three.
-    assert collections.Counter([*in_ci, *RUN, *NOT_RUN]) == collections.Counter(COMMANDS)
+    others = {*OF_BENCHMARKS} - in_ci - {*RUN}
+    assert collections.Counter([*in_ci, *RUN, *NOT_RUN, *others]) == collections.Counter(COMMANDS)
+
+
+@pytest.mark.parametrize("command", OF_BENCHMARKS)
+def test_commands_name_benchmarks_of_the_list(command):
+    name = command.partition(" benchmarks ")[2].split()[0]
+    assert name in [*BENCHMARKS, "NAME"]
 
 
 @pytest.mark.slow
@@ -189,7 +174,7 @@ def test_files_in_commands_exist(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [*filter(takes_options, sorted(SCRIPTS))])
 def test_options_are_in_the_help(script, end_of):
-    code, shown, _ = end_of(script, "--help")
+    code, shown, _ = end_of(*script.split(), "--help")
     assert code in (0, None)
     assert [option for option in SCRIPTS[script] if option not in shown] == []
 
