@@ -1,17 +1,17 @@
-"""GPT-2 and Llama 3.1 as plain functions of stacked parameters, for programs that are compiled.
+"""GPT-2 and Llama 3.1 as plain functions of stacked parameters, to be compiled.
 
-Everything that a user of a large model does to save memory is done here:
+They save memory as users of large models do:
 
-- layers are stacked and scanned, with `jax.checkpoint` around each: of the forward pass only the
-  input of each layer is kept;
-- matrix products are in bfloat16. Parameters in float32 are cast layer by layer, inside the scan;
-- attention is computed for 256 queries at a time, and again in the backward pass, so that no
-  layer's scores are there for all queries at once. (Fused kernels take still less.)
-- the loss is computed for 256 tokens at a time, likewise: logits of 2048 tokens and Llama's
-  vocabulary would take 1 GB in float32, and their gradients as much again;
-- on a mesh with explicit axes, where each device has tokens of its own, weights that are divided
-  (FSDP) are gathered where they are used: those of one layer at a time. The compiler, left to
-  choose, may gather the tokens of all devices instead.
+- layers are stacked and scanned, with `jax.checkpoint` around each: the forward pass keeps only the
+  input of each layer;
+- matrix products are in bfloat16. The scan casts float32 parameters layer by layer;
+- attention runs over 256 queries at a time, and again in the backward pass, so memory never holds
+  the scores of all queries. (Fused kernels take still less.)
+- the loss runs over 256 tokens at a time, likewise: logits of 2048 tokens and Llama's vocabulary
+  would take 1 GB in float32, and their gradients another;
+- on a mesh with explicit axes, each device has tokens of its own, and divided weights (FSDP) are
+  gathered layer by layer where they are used. Without explicit axes, the compiler may gather the
+  tokens of all devices instead.
 """
 
 import math
@@ -41,21 +41,21 @@ class Model(NamedTuple):
 
     @property
     def gpt2(self) -> bool:
-        """Whether it has LayerNorm, GELU and tied embeddings; or RMSNorm, SwiGLU and a head."""
+        """Tells GPT-2 (LayerNorm, GELU, tied embeddings) from Llama (RMSNorm, SwiGLU, a head)."""
         return self.positions > 0
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence: GPT-2's context, or 2048."""
+        """Returns the tokens of a sequence: GPT-2's context, or 2048."""
         return self.positions or 2048
 
     @property
     def stacked(self) -> dict[str, bool]:
-        """Which parameters are stacked over layers: `layers` of `value_and_update`."""
+        """Marks the parameters that are stacked over layers, for `value_and_update`."""
         return {name: name == "blocks" for name in self.weights()}
 
     def weights(self) -> dict[str, Any]:
-        """The shapes of all parameters."""
+        """Returns the shapes of all parameters."""
         key_value = self.width // self.heads * self.key_value_heads
         block = {
             "query": (self.width, self.width),
@@ -86,7 +86,7 @@ class Model(NamedTuple):
         return ends | {"blocks": blocks}
 
     def params(self, dtype: Any) -> Params:
-        """Shapes and dtypes of all parameters."""
+        """Returns the shapes and dtypes of all parameters."""
         return jax.tree.map(
             lambda shape: jax.ShapeDtypeStruct(shape, dtype),
             self.weights(),
@@ -94,7 +94,7 @@ class Model(NamedTuple):
         )
 
     def loss(self, params: Params, tokens: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
-        """The mean cross-entropy of each token of (batch, length + 1) after those before it."""
+        """Returns the mean cross-entropy of the next tokens of (batch, length + 1)."""
         x = rows(gathered(params["embedding"]), tokens[:, :-1]).astype(COMPUTED)
         if self.gpt2:
             x += gathered(params["positions"])[: x.shape[1]].astype(COMPUTED)
@@ -111,7 +111,7 @@ class Model(NamedTuple):
         return jnp.mean(in_chunks(part, x, tokens[:, 1:]))
 
     def block(self, x: jax.Array, p: Params) -> jax.Array:
-        """A layer: attention and an MLP, each after a norm and added to its input."""
+        """Applies attention and an MLP, each after a norm and added to its input."""
         p = jax.tree.map(lambda w: gathered(w.astype(COMPUTED)), p)
 
         def dense(x: jax.Array, name: str) -> jax.Array:
@@ -130,7 +130,7 @@ class Model(NamedTuple):
         return x + dense(up, "down")
 
     def norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-        """LayerNorm, whose scale and bias come in one array, or RMSNorm."""
+        """Applies LayerNorm, whose scale and bias come in one array, or RMSNorm."""
         wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
         if self.gpt2:
             wide = jax.nn.standardize(wide) * scale[0] + scale[1]
@@ -140,17 +140,17 @@ class Model(NamedTuple):
 
 
 def on_a_mesh(x: jax.Array) -> bool:
-    """Whether an array is on a mesh with explicit axes."""
+    """Tells whether an array is on a mesh with explicit axes."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def gathered(weight: jax.Array) -> jax.Array:
-    """The whole weight on each device. Backwards, its gradients are added up and divided."""
+    """Returns the whole weight on each device; the backward pass reduces and scatters gradients."""
     return reshard(weight, PartitionSpec()) if on_a_mesh(weight) else weight
 
 
 def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows of a table, divided over devices as their ids are."""
+    """Returns the rows of a table, divided over devices as their ids are."""
     if not on_a_mesh(ids):
         return table[ids]
     sharding = jax.typeof(ids).sharding
@@ -159,7 +159,7 @@ def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def rotated(x: jax.Array) -> jax.Array:
-    """Rotary positions."""
+    """Applies rotary positions."""
     half = x.shape[-1] // 2
     rates = 500_000.0 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x.shape[1])[:, None, None] * rates
@@ -169,7 +169,7 @@ def rotated(x: jax.Array) -> jax.Array:
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal attention of (batch, length, heads, width); fewer heads of keys and values."""
+    """Applies causal attention to (batch, length, heads, width); keys may have fewer heads."""
     batch, length, _, width = query.shape
     query = query.reshape(batch, length, key.shape[2], -1, width)
 
@@ -184,9 +184,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def in_chunks(part: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """What a function of (batch, length, ...) returns, a few of the length at a time.
+    """Applies a function to (batch, length, ...), a part of the length at a time.
 
-    Nothing in it is kept for the backward pass.
+    The backward pass recomputes everything inside.
     """
     batch, length, *_ = arrays[0].shape
     size = min(CHUNK, length)

@@ -1,12 +1,11 @@
-"""How other 8-bit optimizers keep Adam's moments, written from their papers' descriptions.
+"""The formats of other 8-bit optimizers for Adam's moments, written from their papers.
 
 FlashOptim: [arXiv:2602.23349](https://arxiv.org/abs/2602.23349). Groups of 32 elements share a
-float16 scale. The first moment is companded, the second kept as its square root; both are rounded
-to nearest.
+float16 scale. mu is companded, nu is kept as its square root; both are rounded to nearest.
 
 bitsandbytes: [Dettmers et al.](https://arxiv.org/abs/2110.02861). Blocks of 256 elements share a
 float32 scale, their largest magnitude. A code stands for one of 256 numbers in [-1, 1], or in
-[0, 1] for the second moment, which lie closer together the smaller they are (a "dynamic tree");
+[0, 1] for nu, which are closer together the smaller they are (a "dynamic tree"); moments are
 rounded to nearest.
 """
 
@@ -27,7 +26,7 @@ class Scaled(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """How a moment is written, and read back in float32."""
+    """A function that encodes a moment, and one that decodes it to float32."""
 
     encode: Callable[[jax.Array], Scaled]
     decode: Callable[[Scaled], jax.Array]
@@ -39,7 +38,7 @@ def codec(
     to_codes: Callable[[jax.Array], jax.Array],
     from_codes: Callable[[jax.Array], jax.Array],
 ) -> Codec:
-    """A codec for numbers of magnitude up to 1, applied to each group over its largest magnitude.
+    """Returns a codec that divides each group by its largest magnitude and encodes the quotients.
 
     The number of elements must be a multiple of `group`.
     """
@@ -58,12 +57,12 @@ def codec(
 
 
 def nearest(x: jax.Array) -> jax.Array:
-    """The nearest whole number, halves upward."""
+    """Returns the nearest whole number; halves go up."""
     return jnp.floor(x + 0.5)
 
 
 def companded() -> Codec:
-    """FlashOptim's first moment: x of [-1, 1] as 127 * 2x / (1 + |x|)."""
+    """Returns FlashOptim's codec for mu: x of [-1, 1] as 127 * 2x / (1 + |x|)."""
 
     def to_codes(x: jax.Array) -> jax.Array:
         return nearest(127 * (2 * x / (1 + jnp.abs(x)))).astype(jnp.int8)
@@ -76,7 +75,7 @@ def companded() -> Codec:
 
 
 def square_root() -> Codec:
-    """FlashOptim's second moment: its square root x of [0, 1] as 255x."""
+    """Returns FlashOptim's codec for nu: its square root x of [0, 1] as 255x."""
     root = codec(
         32,
         jnp.float16,
@@ -89,7 +88,7 @@ def square_root() -> Codec:
 
 
 def dynamic_tree(signed: bool) -> Codec:
-    """Bitsandbytes' moments: each x as the number of the nearest value of the tree."""
+    """Returns bitsandbytes' codec: each x as the index of the nearest value of the tree."""
     values = tree_values(signed)
     middles = (values[1:] + values[:-1]) / 2
 
@@ -100,11 +99,10 @@ def dynamic_tree(signed: bool) -> Codec:
 
 
 def tree_values(signed: bool) -> np.ndarray:
-    """The 256 values of the dynamic tree, in order.
+    """Returns the 256 values of the dynamic tree, in order.
 
-    Seven decades below 1, each half as finely divided as the one above it: the values are the
-    middles of equal parts of [10^-k / 10, 10^-k]. Then 0 and 1, and the negatives if signed,
-    though not -1.
+    They are the middles of equal parts of seven decades [10^-k / 10, 10^-k]; each decade has half
+    as many parts as the one above it. Then come 0 and 1, and if signed the negatives without -1.
     """
     decades = []
     for k in range(7):
@@ -118,10 +116,10 @@ def tree_values(signed: bool) -> np.ndarray:
 def scale_by_adam(
     mu: Codec, nu: Codec, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """Adam's direction for one leaf with its moments kept by these codecs.
+    """Returns Adam's direction for one leaf, with its moments in these codecs.
 
-    As in both packages, moments are read, updated in float32, used for the step and only then
-    written.
+    As in both packages, a step decodes the moments, updates them in float32, uses them, and only
+    then encodes them.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -145,10 +143,10 @@ def scale_by_adam(
 
 
 def flashoptim(eps: float) -> optax.GradientTransformation:
-    """Adam with FlashOptim's moments: 2.125 bytes per parameter."""
+    """Returns Adam with FlashOptim's moments: 2.125 bytes per parameter."""
     return scale_by_adam(companded(), square_root(), eps=eps)
 
 
 def bitsandbytes(eps: float) -> optax.GradientTransformation:
-    """Adam with bitsandbytes' 8-bit moments: 2.03 bytes per parameter."""
+    """Returns Adam with bitsandbytes' 8-bit moments: 2.03 bytes per parameter."""
     return scale_by_adam(dynamic_tree(signed=True), dynamic_tree(signed=False), eps=eps)

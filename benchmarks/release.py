@@ -152,16 +152,11 @@ def account(target: str, model: Model, layers: int, setting: Setting) -> dict[st
         runs = {}
         for name, step in compiled.items():
             *carry, batch = zeros(args)
-            runs[name] = stepping(functools.partial(step_on, step, batch), carry)
+            runs[name] = stepping(lambda *carry, f=step, x=batch: f(*carry, x), carry)
         taken = times(runs, 10, 0)
         for name, cell in cells.items():
             cell["time / plain"] = f"{taken[name] / taken['plain']:.2f}"
     return cells
-
-
-def step_on(step: Any, batch: Any, *carry: Any) -> Any:
-    """Makes a step; the batch is its last argument."""
-    return step(*carry, batch)
 
 
 def fit() -> None:

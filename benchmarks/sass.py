@@ -4,11 +4,11 @@ XLA's compiler for CUDA needs no GPU. It dumps each kernel in PTX, NVIDIA's asse
 the list of launches with their numbers of threads. NVIDIA's ptxas turns PTX into machine code, and
 nvdisasm prints that code, called SASS.
 
-Each thread of a launch counts with each instruction once. Where threads branch forward or end
-early, this is too many; of the kernels that take any time only the row maxima do so, before their
-last store.
+Each thread of a launch counts each instruction once. That is too many where threads branch forward
+or end early; among the kernels that take any time only the row maxima do so, before their last
+store.
 
-The body of a loop counts as often as it runs. ptxas unrolls loops, so only the SASS tells how
+The body of a loop counts as often as it runs. ptxas unrolls loops, so only the SASS shows how
 often: a counter starts at a constant, changes by a constant and ends the loop when it passes a
 constant. Any other loop is an error. So far no kernel that takes any time has a loop: each thread
 of a row maximum reads its share of a row in straight-line code.
@@ -46,7 +46,7 @@ LABEL = re.compile(r"(\.L\w+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+([@A-Z][^;]*?)\s*;")  # after its address
 OPCODE = re.compile(r"(?:@\S+ )?(\w+)")
 BRANCH = re.compile(r"(?:@\S+ )?BRA\b.*`\((\S+)\)")
-# A loop's last instruction and what sets its predicate; what changes a counter; what starts it.
+# A loop's last instruction with the test before it; a change of a counter; its initial value.
 NUMBER = r"(-?0x[0-9a-f]+|RZ)"
 TEST = re.compile(
     rf"^ISETP\.(\w\w)(\.U32)?\.AND (P\d), PT, (R\d+), {NUMBER}, PT$(?s:.*)^@(!?)\3 BRA \S+\Z",
@@ -133,7 +133,7 @@ def executed(sass: str) -> collections.Counter[str]:
 
 
 def trips(code: list[str], start: int, end: int) -> int:
-    """Reads how often a loop runs, from the instructions on its counter.
+    """Reads how often a loop runs from the instructions on its counter.
 
     Twice, for instance, if the counter R6 is -0x10 before the loop, which ends with
 
@@ -159,5 +159,5 @@ def trips(code: list[str], start: int, end: int) -> int:
 
 
 def constant(operand: str) -> int:
-    """The value of a constant; RZ is the register of zero."""
+    """Returns the value of a constant; RZ is the register of zero."""
     return 0 if operand == "RZ" else int(operand, 16)
