@@ -34,11 +34,11 @@ def table(
 
 
 def number(x: float | None, digits: int = 3) -> str:
-    """Writes a number with a few significant digits and no exponent: 1990, 52.1, 0.446."""
+    """Writes a few significant digits: 1990, 52.1, 0.446; with an exponent above a million."""
     if x is None:
         return ""
-    if not math.isfinite(x):
-        return str(x)
+    if not abs(x) < 1e6:
+        return f"{x:.{digits - 1}e}"
     size = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}")))) if x else 0
     return f"{round(x, digits - 1 - size):.{max(0, digits - 1 - size)}f}"
 

@@ -81,14 +81,13 @@ def in_stages(target: str, function: Any, *args: Any, **options: Any) -> tuple[A
 
 def on_one_device(target: str, tree: Any) -> Any:
     """Returns shapes and dtypes with a sharding; those without one get the target's first chip."""
-
-    def placed(x: Any) -> Any:
-        if isinstance(x, jax.ShapeDtypeStruct) and x.sharding:
-            return x
-        mesh = Mesh(np.array(devices(target)[:1]), ("x",))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-    return jax.tree.map(placed, tree)
+    given = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding  # noqa: E731
+    if all(map(given, jax.tree.leaves(tree))):
+        return tree
+    one = NamedSharding(Mesh(np.array(devices(target)[:1]), ("x",)), PartitionSpec())
+    return jax.tree.map(
+        lambda x: x if given(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree
+    )
 
 
 def placed(tree: Any, shardings: Any) -> Any:

@@ -96,11 +96,13 @@ def test_the_page_has_the_table_of_the_list():
         (0.0099996, "0.0100"),
         (-3.5, "-3.50"),
         (0.0, "0.00"),
+        (1.03e24, "1.03e+24"),
         (float("inf"), "inf"),
+        (float("nan"), "nan"),
         (None, ""),
     ],
 )
-def test_numbers_have_three_digits_and_no_exponent(x, written):
+def test_numbers_have_three_digits(x, written):
     assert tables.number(x) == written
 
 
