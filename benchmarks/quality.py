@@ -1,8 +1,8 @@
 """Trains with weights and moments in fewer and fewer bits, and prints how well each one learns.
 
-    python benchmarks/quality.py
-    uv run --with flashoptim-jax benchmarks/quality.py
-    uv run benchmarks/quality.py --size
+    python benchmarks quality
+    uv run --with flashoptim-jax benchmarks quality
+    uv run benchmarks quality --size
 
 Trains the GPT of `examples/gpt` and the network of `examples/flax_nnx.py` on MNIST digits, over
 several seeds. With one seed all settings see the same data in the same order and start from the
