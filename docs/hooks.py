@@ -27,7 +27,7 @@ TO_PAGE = re.compile(r"\]\(\.\./docs/(\w+\.md[^)]*)\)")
 ANOTHER_NOTEBOOK = re.compile(r"\]\((\w+)\.ipynb\)")
 # CONTRIBUTING.md lies above docs/.
 INTO_DOCS = re.compile(r"\]\(docs/(\w+\.md[^)]*)\)")
-INSTALL = re.compile(r"^\s*[%!]\s*pip install", re.MULTILINE)
+INSTALL = "# Colab: installs"  # how each notebook's first cell begins
 TITLES = ("suptitle", "set_title", "title")  # of matplotlib, the most general first
 # How much a page counts in the search. Recipes come first; the page of tests names everything.
 RECIPES, REFERENCE = 2, 0.5
@@ -85,7 +85,7 @@ def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]
                 text = "".join(output.get("text", data.get("text/plain", "")))
                 outputs.append(fenced(text.rstrip("\n"), "{ .text .output }"))
         code = fenced(source, "python")
-        installs = INSTALL.search(source)
+        installs = source.startswith(INSTALL)
         if installs or cell["metadata"].get("jupyter", {}).get("source_hidden"):
             drawn = any(output.startswith("![") for output in outputs)
             label = "Installation" if installs else "Code of this figure" if drawn else "Code"
