@@ -51,15 +51,17 @@ def randomly_shifted(images: jax.Array, key: jax.Array) -> jax.Array:
 @nnx.jit(donate_argnames=("model", "optimizer"))
 def train_step(
     model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> None:
-    """Updates the model and the optimizer."""
+) -> jax.Array:
+    """Updates the model and the optimizer, and returns the loss."""
     images = randomly_shifted(images, jax.random.fold_in(key, optimizer.step[...]))
 
     def mean_loss(model: Network) -> jax.Array:
         logits = model(images).astype(jnp.float32)  # whatever the network computes in
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    optimizer.update(model, nnx.grad(mean_loss)(model))
+    loss, gradients = nnx.value_and_grad(mean_loss)(model)
+    optimizer.update(model, gradients)
+    return loss
 
 
 def train(setting: Setting, epochs: int, batch_size: int, seed: int) -> tuple[float, float]:
