@@ -7,9 +7,12 @@
     uv run --with tensorboard tensorboard --logdir out/logs
 
 The first command trains in four settings, all on the same data in the same order, prints what each
-one learned and what it stores, and draws both. It takes six minutes on two CPU cores. The third one
-saves every 50 steps and, given again, continues: a run that was killed, at any moment and however
-often, ends with the same bits as one that was not.
+one learned and what it stores, and draws both. It takes about six minutes on two CPU cores. The
+third one saves every 50 steps and, given again, continues: a run that was killed, at any moment and
+however often, ends with the same bits as one that was not.
+
+`5 bytes` takes 5.9 here: the gradients of one layer of three count, and those of the embedding.
+The more layers, the fewer: with the sizes of GPT-2, twelve layers, it takes 5.75.
 
 The text is the source of Python's standard library, byte by byte; every tenth file is held out.
 Losses compare between runs under one version of Python, since each version has its own text.
