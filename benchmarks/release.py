@@ -196,6 +196,6 @@ def main() -> None:
         both = account(options.target, model, layers, settings("adamw")[plain])
         for setting, cells in zip((plain, RELEASED[plain]), both.values(), strict=True):
             if header:
-                print(head("bytes per parameter", cells))
+                print(head("memory in bytes per parameter", cells))
                 header = False
             print(line(f"{name}, {layers} layers, {setting}", cells.values()), flush=True)
