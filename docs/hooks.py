@@ -37,6 +37,7 @@ BOOSTS = {
     "contributing.md": REFERENCE,
 }
 NOT_SEARCHED = ("tests.md",)
+NODE_NAME = "e=e+s+o.id"  # in the minified search
 SUMMARY = "<!-- summary -->"
 # A group of public names on the page of the API, and a name.
 ENTRY = re.compile(r"^(?:## (?P<group>.+)|::: (?P<name>adam_jax\.\w+))$", re.MULTILINE)
@@ -120,6 +121,18 @@ def fenced(text: str, kind: str) -> str:
     """A block of code, within a fence longer than any in it."""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{fence}{kind}\n{text}\n{fence}"
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Mends the search: nodes of lunr's tree of words have names that digits make ambiguous.
+
+    Such trees had words that the index has not, and queries failed or did not end.
+    """
+    (worker,) = Path(config.site_dir).glob("assets/javascripts/workers/search.*.min.js")
+    before, found, after = worker.read_text().partition(NODE_NAME)
+    if not found or NODE_NAME in after:
+        raise PluginError(f"{worker} names nodes in another way")
+    worker.write_text(f'{before}{NODE_NAME}+","{after}')
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
