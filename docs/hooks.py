@@ -28,6 +28,7 @@ ANOTHER_NOTEBOOK = re.compile(r"\]\((\w+)\.ipynb\)")
 # CONTRIBUTING.md lies above docs/.
 INTO_DOCS = re.compile(r"\]\(docs/(\w+\.md[^)]*)\)")
 INSTALL = "# Colab: installs"  # how each notebook's first cell begins
+FORM = re.compile(r"^# @title (.+)$", re.MULTILINE)  # what Colab shows of a folded cell
 TITLES = ("suptitle", "set_title", "title")  # of matplotlib, the most general first
 # How much a page counts in the search. Recipes come first; the page of tests names everything.
 RECIPES, REFERENCE = 2, 0.5
@@ -76,12 +77,14 @@ def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]
                 parts.append(f"[Download this notebook]({stem}.ipynb)")
             continue
         outputs: list[str] = []
+        form = match[1] if (match := FORM.search(source)) else ""
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{stem}/{len(figures) + 1}.png"
                 figures[name] = base64.b64decode("".join(data["image/png"]))
-                outputs.append(f"![{title(source) or f'Figure {len(figures)}'}]({name})")
+                text = title(source) or form or f"Figure {len(figures)}"
+                outputs.append(f"![{text}]({name})")
             else:
                 text = "".join(output.get("text", data.get("text/plain", "")))
                 outputs.append(fenced(text.rstrip("\n"), "{ .text .output }"))
@@ -90,7 +93,7 @@ def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]
         if installs or cell["metadata"].get("jupyter", {}).get("source_hidden"):
             drawn = any(output.startswith("![") for output in outputs)
             label = "Installation" if installs else "Code of this figure" if drawn else "Code"
-            parts += [*outputs, folded(label, code)]
+            parts += [*outputs, folded(form or label, code)]
         else:
             parts += [code, *outputs]
     return "\n\n".join(parts) + "\n", figures
@@ -108,7 +111,13 @@ def title(source: str) -> str:
                 case ast.Call(
                     func=ast.Attribute(attr=called), args=[ast.Constant(value=str(text)), *_]
                 ) if called == name:
-                    return re.sub(r"[\[\]\n$]", " ", text)
+                    return re.sub(r"[\[\]\n$\\]", "", text)
+    for call in calls:
+        match [x.value for x in call.keywords if x.arg == "title"]:
+            case [ast.Constant(value=str(text))]:
+                return re.sub(r"[\[\]\n$\\]", "", text)
+            case _:
+                pass
     return ""
 
 
