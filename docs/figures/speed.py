@@ -3,21 +3,14 @@
 Run it as `uv run docs/figures/speed.py`.
 """
 
-import argparse
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from style import BLACK, GREY, INT8, new_figure, options, save
 
 PAGE = Path(__file__).parents[1] / "speed.md"
-PICTURE = Path(__file__).with_suffix(".png")
 PEER = "#ffffff"
-COLORS = {
-    "float32": "#b0b0b0",
-    "bfloat16 moments": "#c8b6dd",
-    "int8 moments": "#8a5fbf",
-    "7 bytes": "#222222",
-}
+COLORS = {"float32": GREY, "bfloat16 moments": "#c8b6dd", "int8 moments": INT8, "7 bytes": BLACK}
 Bars = dict[str, float]  # by setting, the time of a step in units of float32's
 
 
@@ -56,16 +49,16 @@ def draw_bars(axes: Axes, title: str, bars: Bars) -> None:
         linewidth=0.8,
     )
     axes.bar_label(drawn, [f"{bars[name]:.2f}" for name in names], padding=4)
-    axes.set_title(title, loc="left", fontsize="large")
+    axes.set_title(title)
+    axes.grid(visible=False)
     axes.set_xlim(0, 1.12 * max(bars.values()))
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
-def draw(page: Path, path: Path) -> None:
-    """Draws a panel for each kind of device and parameters into a PNG."""
-    text = page.read_text()
+def main() -> None:
+    """Draws a panel for each kind of device and parameters."""
+    chosen, text = options(__file__), PAGE.read_text()
     large = column(text, "H200, ms per step", "one leaf of (16384, 16384)")
     many = column(text, "H200, ms per step", "GPT-2, each step started by Python")
     # torch is in one table and the formats in the other, of the same run.
@@ -76,7 +69,7 @@ def draw(page: Path, path: Path) -> None:
         for name, time in formats.items()
         if name not in peers and not name.startswith("FlashOptim")  # its kernels are for GPUs
     }
-    figure = Figure(figsize=(6.5, 8.5), layout="constrained")
+    figure = new_figure(8)
     panels = figure.subplots(3, 1, height_ratios=[len(large), len(many), len(cpu)])
     draw_bars(panels[0], "NVIDIA H200: one leaf of 268 million parameters", large)
     draw_bars(panels[1], "NVIDIA H200: GPT-2, 148 leaves, started by Python", many)
@@ -86,16 +79,9 @@ def draw(page: Path, path: Path) -> None:
         f"7 bytes take {large['7 bytes']:.2f} of float32's time on one large leaf\n"
         f"on a GPU, {many['7 bytes']:.1f} times on many leaves, "
         f"{cpu['7 bytes']:.1f} times on a CPU",
-        fontsize="x-large",
+        fontsize=12,
     )
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    """Draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=PICTURE, help="the PNG to write")
-    draw(PAGE, parser.parse_args().output)
+    save(figure, chosen.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Checkpoints: every state comes back, on other devices too, and continues bit-identically.
+"""Checkpoints: every state is restored, on other devices too, and continues bit-identically.
 
-Checkpoints of optax continue here, ours continue in optax. And what damage Orbax notices.
+Checkpoints of optax continue here, and ours continue in optax. Orbax notices some damage.
 """
 
 import functools
@@ -19,7 +19,7 @@ from trees import assert_same_bits, short_tree, untyped
 
 import adam_jax
 
-# The steps are those of a user, whose apply_updates adds float32 to bfloat16.
+# A user's steps call optax.apply_updates, which adds float32 to bfloat16.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
 GRADIENTS = {"kernel": jnp.full((2, 3), 0.3), "bias": jnp.array([1.0, -2.0, 0.0])}
@@ -36,7 +36,7 @@ def steps(optimizer, state, params, n):
 @pytest.mark.covering
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw"])
 @pytest.mark.parametrize("direction", ["from optax", "to optax"])
-def test_a_checkpoint_changes_hands(name, direction, tmp_path):
+def test_checkpoints_move_between_optax_and_adam_jax(name, direction, tmp_path):
     ours, theirs = (getattr(library, name)(SCHEDULE) for library in (adam_jax, optax))
     first, then = (theirs, ours) if direction == "from optax" else (ours, theirs)
     params, state = steps(first, first.init(PARAMS), PARAMS, 5)
@@ -72,7 +72,7 @@ def training_step_of(optimizer, gradients, **options):
 
 
 def target_of(optimizer, params, shardings):
-    """What to restore onto: no array is made for it."""
+    """Returns shapes and shardings to restore onto, without making an array."""
     shapes = jax.eval_shape(lambda p: {"params": p, "state": optimizer.init(p)}, params)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -81,8 +81,8 @@ def target_of(optimizer, params, shardings):
     )
 
 
-# The tree has a name in the checkpoint: without one, a manager takes what is foreign in the latest
-# step for a reason to read none of the others.
+# The tree has a name in the checkpoint. Without one, a manager that finds something foreign in the
+# latest step reads no other step.
 def save(manager, step, tree):
     manager.save(step, args=ocp.args.Composite(training=ocp.args.StandardSave(tree)))
 
@@ -93,8 +93,8 @@ def restore(manager, step, target):
 
 
 @each_layout
-def test_every_state_comes_back_and_continues(row, tmp_path):
-    """Written in the background, while steps go on whose buffers are donated."""
+def test_every_state_is_restored_and_continues(row, tmp_path):
+    """Orbax writes in the background, while further steps donate their buffers."""
     optimizer, params = row.make(**EXACT), random(row.param_dtype, 0)
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     training = {"params": params, "state": jax.jit(optimizer.init)(params)}
@@ -116,7 +116,7 @@ def test_every_state_comes_back_and_continues(row, tmp_path):
 
 
 def on_mesh(optimizer, dtype, devices):
-    """Target and shardings of ZeRO-1: parameters replicated, state in parts."""
+    """Returns replicated parameters, and shardings for ZeRO-1, which divide the state."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     params = jax.device_put(random(dtype, 0), replicated)
@@ -131,7 +131,7 @@ def on_mesh(optimizer, dtype, devices):
 @pytest.mark.covering
 @each_layout
 @pytest.mark.parametrize("devices", [4, 2])
-def test_what_eight_devices_wrote_continues_on_four_and_two(row, devices, tmp_path):
+def test_a_checkpoint_of_eight_devices_continues_on_four_and_two(row, devices, tmp_path):
     optimizer = row.make(**EXACT)
     params, shardings = on_mesh(optimizer, row.param_dtype, 8)
     init = jax.jit(optimizer.init, out_shardings=shardings["state"])
@@ -158,7 +158,7 @@ SEVEN_BYTES = seven_bytes(2**-10)
 
 @pytest.fixture
 def two_checkpoints(tmp_path):
-    """A folder with steps 1 and 2, and what is in both of them."""
+    """Returns a folder with steps 1 and 2, and the tree that both contain."""
     params = {"kernel": random("bfloat16", 0)["layer"]["kernel"], "bias": jnp.ones(3, jnp.bfloat16)}
     training = {"params": params, "state": SEVEN_BYTES.init(params)}
     training = training_step_of(SEVEN_BYTES, jax.tree.map(jnp.copy, params))(training)
@@ -189,7 +189,7 @@ def flip_a_bit(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [halve, empty, remove])
 def test_a_truncated_checkpoint_is_an_error_and_the_one_before_loads(damage, two_checkpoints):
-    """Whichever file it is: an error, or one that nothing is read from."""
+    """Damage to any file is an error, unless nothing is read from that file."""
     folder, training = two_checkpoints
     files = [path.relative_to(folder) for path in (folder / "2").rglob("*") if path.is_file()]
     noticed = set()
@@ -257,8 +257,8 @@ INT8_FORMATS = [{}, {"mu_dtype": "int8"}, {"nu_dtype": "int8"}, INT8]
     list(itertools.permutations(INT8_FORMATS, 2)),
     ids=lambda x: "-".join(x),
 )
-def test_codes_are_not_restored_as_something_else(saved, other_formats, tmp_path):
-    """Orbax casts what it restores. With codes trees or shapes differ, or a checksum does."""
+def test_codes_are_not_restored_in_another_format(saved, other_formats, tmp_path):
+    """Orbax casts when it restores. With codes, trees, shapes or checksums differ."""
     params = {"kernel": jnp.ones((64, 128))}
     one, other = (untyped(adam_jax.adam(1e-3, **formats)) for formats in (saved, other_formats))
     _, state = one.update(params, one.init(params))
