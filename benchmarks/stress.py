@@ -14,9 +14,9 @@ column for each format:
 A fourth table has the worst relative error of the update over the first steps on normal gradients,
 for int8 moments and several betas.
 
-An exact format has 0, 1 and 1. eps is 1e-30, so it hides no nu that is too small. optax.adam with
-bfloat16 gradients keeps both moments in bfloat16. `peers.py` has the formats of FlashOptim and
-bitsandbytes.
+An exact format has 0, 1 and 1. eps is 1e-30, so it hides no nu that is too small. The usual one is
+`--eps 1e-8`; gradients are about 1. optax.adam with bfloat16 gradients keeps both moments in
+bfloat16. `peers.py` has the formats of FlashOptim and bitsandbytes.
 """
 
 import functools
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import adam_jax
 
-B1, B2, EPS = 0.9, 0.999, 1e-30
+B1, B2 = 0.9, 0.999
 REFERENCE = "float32"
 BETAS = [
     *((0.9, 0.999), (0.9, 0.98), (0.9, 0.95), (0.8, 0.9), (0.95, 0.95), (0.95, 0.99)),
@@ -71,19 +71,19 @@ class Seen(NamedTuple):
     error: jax.Array  # the norm of the difference to float32's updates
 
 
-def formats() -> dict[str, Format]:
+def formats(eps: float) -> dict[str, Format]:
     """Returns all formats, by the name of their column."""
 
     def ours(mu: str, nu: str) -> Format:
-        return Format(adam_jax.scale_by_adam(eps=EPS, mu_dtype=mu, nu_dtype=nu))
+        return Format(adam_jax.scale_by_adam(eps=eps, mu_dtype=mu, nu_dtype=nu))
 
     return {name: ours(moments, moments) for name, moments in MOMENTS.items()} | {
         "int8 mu, float32 nu": ours("int8", "float32"),
         "int8 mu, bfloat16 nu": ours("int8", "bfloat16"),
-        "optax.adam, bfloat16 mu": Format(optax.scale_by_adam(eps=EPS, mu_dtype=jnp.bfloat16)),
-        "optax.adam, bfloat16 gradients": Format(optax.scale_by_adam(eps=EPS), jnp.bfloat16),
-        "FlashOptim, int8 moments": Format(peers.flashoptim(EPS)),
-        "bitsandbytes, 8 bits": Format(peers.bitsandbytes(EPS)),
+        "optax.adam, bfloat16 mu": Format(optax.scale_by_adam(eps=eps, mu_dtype=jnp.bfloat16)),
+        "optax.adam, bfloat16 gradients": Format(optax.scale_by_adam(eps=eps), jnp.bfloat16),
+        "FlashOptim, int8 moments": Format(peers.flashoptim(eps)),
+        "bitsandbytes, 8 bits": Format(peers.bitsandbytes(eps)),
     }
 
 
@@ -241,10 +241,12 @@ def score(
     }
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def errors_of_betas(b1: jax.Array, b2: jax.Array, shape: Shape, steps: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def errors_of_betas(
+    b1: jax.Array, b2: jax.Array, shape: Shape, steps: int, eps: float
+) -> jax.Array:
     """Returns the relative error of int8's update at each step, on normal gradients."""
-    make: Any = functools.partial(adam_jax.scale_by_adam, b1, b2, eps=EPS)
+    make: Any = functools.partial(adam_jax.scale_by_adam, b1, b2, eps=eps)
     stored, exact = make(mu_dtype="int8", nu_dtype="int8"), make()
 
     def step(states: Any, key: jax.Array) -> tuple[Any, jax.Array]:
@@ -258,11 +260,12 @@ def errors_of_betas(b1: jax.Array, b2: jax.Array, shape: Shape, steps: int) -> j
     return jax.lax.scan(step, (stored.init(zeros), exact.init(zeros)), keys)[1]
 
 
-def table_of_betas(shape: Shape, steps: int) -> str:
+def table_of_betas(shape: Shape, steps: int, eps: float) -> str:
     """Returns the fourth table."""
     rows = {}
     for b1, b2 in BETAS:
-        errors = np.asarray(errors_of_betas(jnp.float32(b1), jnp.float32(b2), shape, steps))
+        betas = jnp.float32(b1), jnp.float32(b2)
+        errors = np.asarray(errors_of_betas(*betas, shape, steps, eps))
         rows[f"{b1}, {b2}"] = [f"{errors.max():.3f}", f"{errors[-1]:.3f}"]
     return table("b1, b2", ["worst error", "last error"], rows)
 
@@ -271,16 +274,17 @@ def main() -> None:
     """Runs everything, then prints the tables."""
     options = parser("stress", __doc__)
     options.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options.add_argument("--eps", type=float, default=1e-30, help="default: %(default)s")
     options = options.parse_args()
     shape, steps = ((8, 512), 120) if options.small else ((64, 1024), 1200)
     model_key, step_key = jax.random.split(jax.random.key(options.seed))
     kinds = gradients(model_key, shape, steps)
-    compared = formats()
+    compared = formats(options.eps)
     run = follow(compared)
     with tqdm(total=sum(kind.steps for kind in kinds), unit="step") as progress:
         rows = {kind.name: score(kind, compared, run, step_key, shape, progress) for kind in kinds}
     print(f"A leaf of {shape}, {steps} steps (the last row {kinds[-1].steps}), ", end="")
-    print(f"eps {EPS}, seed {options.seed}.")
+    print(f"eps {options.eps}, seed {options.seed}.")
     columns = [name for name in compared if name != REFERENCE]
     for title, field in [
         ("relative error of the update", "error"),
@@ -294,4 +298,4 @@ def main() -> None:
         print(f"\n{table(title, columns, cells)}")
     square, steps = (64, 64), 100 if options.small else 1000
     print(f"\nint8 moments on a leaf of {square}, {steps} steps of normal gradients.\n")
-    print(table_of_betas(square, steps))
+    print(table_of_betas(square, steps, options.eps))
