@@ -102,15 +102,17 @@ FLASH = "FlashOptim, 7 bytes"
 NAMES = ["optax.adamw", "optax.adamw, bfloat16, float32 masters", FLASH]
 NAMES += ["float32", "float32, released", "bfloat16 moments", "int8 moments", "7 bytes", "5 bytes"]
 PICTURED = [Case("llama-8b", "h100"), Case("llama-70b", "h100:8")]
-TITLES = dict(zip(PICTURED, ["Llama 3.1 8B, one H100", "Llama 3.1 70B, eight H100s"], strict=True))
+TITLES = dict(
+    zip(PICTURED, ["Llama 3.1 8B on one H100", "Llama 3.1 70B on eight H100s"], strict=True)
+)
 SMALL_CASES = [Case("gpt2", "h100"), Case("llama", "v5e:2x2"), Case("llama", "h100:8", zero=True)]
 OF_SMALL = ["optax.adamw", "5 bytes"]  # the settings
 PARTS = {
-    "weights": "#1f3b57",
-    "gradients": "#5b86ad",
-    "state": "#b4cde2",
-    "activations": "#e69f00",
-    "rest": "#d9d9d9",
+    "weights": "#0072b2",
+    "gradients": "#e69f00",
+    "state": "#66b59a",
+    "activations": "#777777",
+    "rest": "#d0d0d0",
 }
 
 
@@ -272,15 +274,13 @@ def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome], names: list[
         left += widths
     limit = CAPACITY[case.chip] / 1e9
     axes.axvline(limit, color="#d55e00", linewidth=1.5)
-    axes.text(
-        limit, -0.6, f" {limit:.1f} available", color="#d55e00", va="bottom", fontsize="small"
-    )
+    axes.text(limit, -0.6, f"{limit:.1f} available", color="#d55e00", va="bottom", ha="center")
     for place, peak in zip(rows, peaks, strict=True):
-        label = axes.text(peak + 1.5, place, f"{peak:.1f}", va="center", fontsize="small")
+        label = axes.text(peak + 1.5, place, f"{peak:.1f}", va="center")
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.set(
         xlabel="GB on each device",
-        xlim=(0, 1.12 * peaks.max()),
+        xlim=(0, 1.15 * peaks.max()),
         ylim=(len(names) - 0.5, -0.6),
         yticks=range(len(names)),
         yticklabels=names,
@@ -291,12 +291,12 @@ def draw_case(axes: Axes, case: Case, outcomes: dict[str, Outcome], names: list[
 
 def draw(found: dict[Case, dict[str, Outcome]], names: list[str], path: Path) -> None:
     """Draws cases into a PNG, on white, for light and dark pages."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(6.4, 4.1 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for axes, (case, outcomes) in zip(panels, found.items(), strict=True):
         draw_case(axes, case, outcomes, names)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(PARTS), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

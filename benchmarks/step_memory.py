@@ -44,14 +44,14 @@ from targets import compile_for, count, memory
 
 TARGET = "h100"
 TITLES = {
-    "plain": "Plain step: all gradients at once",
-    "released": "Gradient release: one layer's at a time",
+    "plain": "A plain step has all gradients at once",
+    "released": "Gradient release has one layer's at a time",
 }
 BACKWARD = {"plain": "backward scan", "released": "backward scan with updates"}
 PARTS = {
-    "parameters and state": "#b4cde2",
-    "gradients": "#d55e00",
-    "activations and other temporaries": "#1f3b57",
+    "weights and state": "#8fc3de",
+    "gradients": "#e69f00",
+    "other temporaries": "#555555",
 }
 # Instructions that move no data.
 FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
@@ -239,13 +239,13 @@ def draw_section(axes: Axes, section: Interval, top: float, label: str) -> None:
 
 def draw(steps: dict[str, Curves], layers: int, path: Path) -> None:
     """Draws all steps into a PNG, on white, for light and dark pages."""
-    figure = Figure(figsize=(9, 4.4), layout=ConstrainedLayoutEngine(wspace=0.05))
+    figure = Figure(figsize=(6, 7), layout=ConstrainedLayoutEngine(hspace=0.04))
     top = max(peak(curves) for curves in steps.values())
-    panels = figure.subplots(1, len(steps), sharey=True)
+    panels = figure.subplots(len(steps), 1, sharey=True)
     for axes, (name, curves) in zip(panels, steps.items(), strict=True):
         draw_step(axes, name, curves, layers, top)
-    panels[0].set_ylabel("bytes per parameter")
-    figure.supxlabel("instructions of the compiled program, in order", fontsize="medium")
+        axes.set_ylabel("bytes per parameter")
+    panels[-1].set_xlabel("instructions of the compiled program, in order")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)

@@ -7,7 +7,7 @@
     uv run --with tensorboard tensorboard --logdir out/logs
 
 The first command trains in four settings, all on the same data in the same order, prints what each
-one learned and what it stores, and draws both. It takes about six minutes on two CPU cores. The
+one learned and what it stores, and draws both. It takes eight minutes on two CPU cores. The
 third one saves every 50 steps and, given again, continues: a run that was killed, at any moment and
 however often, ends with the same bits as one that was not.
 
