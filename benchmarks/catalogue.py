@@ -61,7 +61,7 @@ BENCHMARKS = {
         "what a GPT and a network for MNIST learn in each setting, over three seeds",
         *("an hour", "quality", FLASH),
     ),
-    "quality --size": Benchmark(
+    "quality_at_size": Benchmark(
         "what a GPT of ten million parameters learns in each setting",
         *("an hour or two", "quality"),
     ),

@@ -1,17 +1,13 @@
 """Trains with weights and moments in fewer and fewer bits, and prints how well each one learns.
 
-    python benchmarks quality
+    uv run benchmarks quality
     uv run --with flashoptim-jax benchmarks quality
-    uv run benchmarks quality --size
 
 Trains the GPT of `examples/gpt` and the network of `examples/flax_nnx.py` on MNIST digits, over
 several seeds. With one seed all settings see the same data in the same order and start from the
 same weights, rounded where they are not stored in float32. FlashOptim is a row of the tables where
 its package, `flashoptim-jax`, is installed. The tables go to stdout at the end, each result to
 stderr as soon as it is there.
-
-With `--size` it is a GPT of ten million parameters, in the settings of `at_size.py`. Each result
-goes to `docs/quality_at_size.json`, and only those missing there are trained.
 """
 
 import argparse
@@ -19,7 +15,7 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import digits  # finds the examples
@@ -28,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import precision
+from command import parser
 from experiment import Experiment
 from precision import Setting
 from text import load_text
@@ -146,39 +143,26 @@ def table(title: str, length: str, outcomes: dict[str, list[Outcome]], digits: i
     return "\n".join([f"**{title}** (`{length}`)", "", *lines])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Trains everything and prints both tables; progress goes to stderr."""
-    parser = argparse.ArgumentParser(
-        description="Trains the examples' networks with weights and moments in fewer and fewer "
-        "bits, and prints how well they learn as markdown tables.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    seeds_help = "training runs of each setting (default: 3, with --size 1)"
-    add("--seeds", type=int, default=argparse.SUPPRESS, metavar="N", help=seeds_help)
-    add("--steps", type=int, default=600, metavar="N", help="of the GPT")
-    add("--epochs", type=int, default=6, metavar="N", help="over MNIST")
-    add("--small", action="store_true", help="tiny networks; the scores mean nothing")
-    add("--size", action="store_true", help="a GPT of ten million parameters, for 2,000 steps")
-    options = parser.parse_args(arguments)
-    seeds = getattr(options, "seeds", 1 if options.size else 3)
-    if min(seeds, options.steps, options.epochs) < 1:
-        parser.error("--seeds, --steps and --epochs must be at least 1")
-    if options.size:
-        import at_size  # which is made of this module
-
-        at_size.main(seeds, options.small)
-        return
+    options = parser("quality", __doc__)
+    add = options.add_argument
+    add("--seeds", type=int, default=3, metavar="N", help="runs per setting (default: %(default)s)")
+    add("--steps", type=int, default=600, metavar="N", help="of the GPT (default: %(default)s)")
+    add("--epochs", type=int, default=6, metavar="N", help="over MNIST (default: %(default)s)")
+    found = options.parse_args()
+    if min(found.seeds, found.steps, found.epochs) < 1:
+        options.error("--seeds, --steps and --epochs must be at least 1")
     settings = dict(SETTINGS)
     if importlib.util.find_spec("flashoptim_jax") is None:
         print("flashoptim_jax is not installed: its row is left out", file=sys.stderr)
         del settings[FLASH]
 
     began, tables = time.monotonic(), []
-    for task in tasks(options):
+    for task in tasks(found):
         outcomes = {name: [] for name in settings}
         # Seeds in the outer loop: what a killed run leaves is whole rows of a smaller table.
-        for seed in range(seeds):
+        for seed in range(found.seeds):
             for name, setting in settings.items():
                 with contextlib.redirect_stdout(sys.stderr):
                     outcome = task.train(setting, seed)
@@ -192,7 +176,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
         tables.append(table(task.title, task.length, outcomes, task.digits))
     print("\n\n".join(tables))
-
-
-if __name__ == "__main__":
-    main()

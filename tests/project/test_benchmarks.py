@@ -75,8 +75,7 @@ def test_every_benchmark_is_in_the_list():
             for node in ast.parse(path.read_text()).body
         )
     }
-    with_main -= {"at_size"}  # quality runs it
-    assert with_main == {name.partition(" ")[0] for name in BENCHMARKS}
+    assert with_main == set(BENCHMARKS)
 
 
 def test_the_page_has_the_table_of_the_list():
@@ -319,7 +318,7 @@ def test_flashoptim_equals_its_package():
 
 @pytest.mark.slow
 def test_quality_at_size_trains_in_all_settings():
-    ((header, _, *rows),) = printed("quality", "--size")
+    ((header, _, *rows),) = printed("quality_at_size")
     assert header[:2] == ["setting", "bytes per parameter"]
     float32, plain, seven, five = (dict(zip(header, row, strict=True)) for row in rows)
     assert float(float32["bytes per parameter"]) == 16
@@ -340,19 +339,23 @@ PUBLISHED = ROOT / "docs" / "quality_at_size.json"
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_published_quality_at_size_is_that_of_its_file(tmp_path):
-    import at_size  # with what the examples need
+    import quality_at_size  # with what the examples need
 
-    runs = at_size.load(PUBLISHED)
+    runs = quality_at_size.load(PUBLISHED)
     seeds = sorted({run.seed for run in runs})
     # All are there, so that nothing is trained and no checkpoint made.
-    assert {(run.setting, run.seed) for run in runs} == {*itertools.product(at_size.DEFAULT, seeds)}
-    runs = at_size.complete(PUBLISHED, seeds, at_size.FLAGS, tmp_path / "checkpoints")
+    assert {(run.setting, run.seed) for run in runs} == {
+        *itertools.product(quality_at_size.DEFAULT, seeds)
+    }
+    runs = quality_at_size.complete(
+        PUBLISHED, seeds, quality_at_size.FLAGS, tmp_path / "checkpoints"
+    )
     assert not (tmp_path / "checkpoints").exists()
     assert all(run.parameters >= 10e6 and run.steps >= 2000 for run in runs)
     assert all(len(run.held_out) >= 10 for run in runs)
     page = (ROOT / "docs" / "quality.md").read_text()
-    assert at_size.summary(runs) in page
-    at_size.draw(runs, tmp_path / "picture.png")
+    assert quality_at_size.summary(runs) in page
+    quality_at_size.draw(runs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
@@ -360,12 +363,21 @@ def test_the_published_quality_at_size_is_that_of_its_file(tmp_path):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("field", ["text", "flags"])
 def test_quality_at_size_mixes_no_runs_that_do_not_compare(tmp_path, field):
-    import at_size
+    import quality_at_size
 
-    first, *_ = at_size.load(PUBLISHED)
+    first, *_ = quality_at_size.load(PUBLISHED)
     other = first._replace(**{field: "something else"})
     path = tmp_path / "runs.json"
-    at_size.save([other], path)
+    quality_at_size.save([other], path)
     with pytest.raises(ValueError, match=r"has a run of another kind: .*something else.*, and not"):
-        at_size.complete(path, [0], at_size.FLAGS, tmp_path / "checkpoints")
-    assert at_size.load(path) == [other]
+        quality_at_size.complete(path, [0], quality_at_size.FLAGS, tmp_path / "checkpoints")
+    assert quality_at_size.load(path) == [other]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_gpt_names_its_settings_as_the_benchmarks_do(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "gpt")
+    import precision
+    from settings import RELEASED, settings
+
+    assert set(precision.SETTINGS) <= {*settings("adamw"), *RELEASED.values()}

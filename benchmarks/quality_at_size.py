@@ -1,8 +1,11 @@
 """Trains a GPT of ten million parameters, keeps the results and draws its curves.
 
-`quality.py --size` runs this. A training run takes a quarter or half an hour on two CPU cores. Each
-result goes to a JSON file as soon as it is there, and a run that was interrupted continues from
-its checkpoint.
+    uv run benchmarks quality_at_size
+
+Trains the GPT of `examples/gpt` in its settings, where docs/quality_at_size.json has no result yet,
+draws docs/quality_at_size.png and prints the table. A training run takes a quarter or half an hour
+on two CPU cores. Its result goes to the JSON file at once, and a run that was interrupted continues
+from its checkpoint.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import digits  # noqa: F401 (finds the examples)
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import parser
 from experiment import Experiment, add_options, experiment_of
 from flax import nnx
 from matplotlib import rc_context
@@ -230,16 +234,20 @@ def draw(runs: list[Run], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def main(seeds: int, small: bool) -> None:
-    """Trains what is missing in docs/, draws the picture there and prints the table.
+def main() -> None:
+    """Trains the missing settings, draws the picture and prints the table.
 
-    With `small` everything is made in a folder that is deleted.
+    With --small, all files are in a folder that is deleted.
     """
+    options = parser("quality_at_size", __doc__)
+    options.add_argument("--seeds", type=int, default=1, metavar="N", help="default: %(default)s")
+    options = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        results = Path(temporary) if small else ROOT / "docs"
-        checkpoints = (Path(temporary) if small else ROOT / "out") / "at_size"
-        flags = SMALL_FLAGS if small else FLAGS
+        results = Path(temporary) if options.small else ROOT / "docs"
+        checkpoints = (Path(temporary) if options.small else ROOT / "out") / "quality_at_size"
+        flags = SMALL_FLAGS if options.small else FLAGS
+        found = results / "quality_at_size.json"
         with contextlib.redirect_stdout(sys.stderr):
-            runs = complete(results / "quality_at_size.json", range(seeds), flags, checkpoints)
+            runs = complete(found, range(options.seeds), flags, checkpoints)
         draw(runs, results / "quality_at_size.png")
     print(summary(runs))
