@@ -34,6 +34,7 @@ TITLES = ("suptitle", "set_title", "title")  # of matplotlib, the most general f
 RECIPES, REFERENCE = 2, 0.5
 BOOSTS = {
     "recipes.md": RECIPES,
+    "benchmarks.md": REFERENCE,
     "design.md": REFERENCE,
     "contributing.md": REFERENCE,
 }

@@ -317,6 +317,7 @@ def test_flashoptim_equals_its_package():
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_quality_at_size_trains_in_all_settings():
     ((header, _, *rows),) = printed("quality_at_size")
     assert header[:2] == ["setting", "bytes per parameter"]
