@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import precision
+import tables
 from command import parser
 from experiment import Experiment
 from precision import Setting
@@ -133,14 +134,14 @@ def table(title: str, length: str, outcomes: dict[str, list[Outcome]], digits: i
     baseline, *_ = scores.values()
     seeds = len(baseline)
     spread = f" (its seeds' spread: {baseline.std(ddof=1):.{digits}f})" if seeds > 1 else ""
-    columns = ["setting", "bytes per parameter", *(f"seed {seed}" for seed in range(seeds)), "mean"]
-    rows = [[*columns, f"mean, less float32's{spread}"], ["---", *["---:"] * (seeds + 3)]]
+    columns = ["bytes per parameter", *(f"seed {seed}" for seed in range(seeds)), "mean"]
+    rows = {}
     for name, found in scores.items():
         shown = [f"{score:.{digits}f}" for score in (*found, found.mean())]
         difference = f"{found.mean() - baseline.mean():+.{digits}f}"
-        rows.append([name, f"{outcomes[name][0].memory:.2f}", *shown, difference])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"**{title}** (`{length}`)", "", *lines])
+        rows[name] = [f"{outcomes[name][0].memory:.2f}", *shown, difference]
+    written = tables.table("setting", [*columns, f"mean, less float32's{spread}"], rows)
+    return f"**{title}** (`{length}`)\n\n{written}"
 
 
 def main() -> None:
@@ -158,7 +159,7 @@ def main() -> None:
         print("flashoptim_jax is not installed: its row is left out", file=sys.stderr)
         del settings[FLASH]
 
-    began, tables = time.monotonic(), []
+    began, found_tables = time.monotonic(), []
     for task in tasks(found):
         outcomes = {name: [] for name in settings}
         # Seeds in the outer loop: what a killed run leaves is whole rows of a smaller table.
@@ -174,5 +175,5 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-        tables.append(table(task.title, task.length, outcomes, task.digits))
-    print("\n\n".join(tables))
+        found_tables.append(table(task.title, task.length, outcomes, task.digits))
+    print("\n\n".join(found_tables))
