@@ -67,7 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
-    """A notebook as Markdown, and the figures in its outputs, by name."""
+    """Returns a notebook as Markdown, and the figures in its outputs by name."""
     parts: list[str] = []
     figures: dict[str, bytes] = {}
     for cell in contents["cells"]:
@@ -101,21 +101,20 @@ def notebook(contents: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]
 
 
 def title(source: str) -> str:
-    """The title that a cell gives its figure, if it is written out there; else its first axes'."""
+    """Returns the title that a cell writes out for its figure, or else for its first axes."""
     try:
         calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     except SyntaxError:  # of IPython's own commands
         return ""
-    for name in TITLES:
-        for call in calls:
-            match call:
-                case ast.Call(
-                    func=ast.Attribute(attr=called), args=[ast.Constant(value=str(text)), *_]
-                ) if called == name:
-                    return re.sub(r"[\[\]\n$\\]", "", text)
-    for call in calls:
-        match [x.value for x in call.keywords if x.arg == "title"]:
-            case [ast.Constant(value=str(text))]:
+    given = [
+        (TITLES.index(call.func.attr), call.args[0])
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in TITLES and call.args
+    ]
+    given += [(len(TITLES), x.value) for call in calls for x in call.keywords if x.arg == "title"]
+    for _, node in sorted(given, key=lambda found: found[0]):
+        match node:
+            case ast.Constant(value=str(text)):
                 return re.sub(r"[\[\]\n$\\]", "", text)
             case _:
                 pass
@@ -123,12 +122,12 @@ def title(source: str) -> str:
 
 
 def folded(label: str, block: str) -> str:
-    """A block that a reader opens."""
+    """Returns a block that a reader can open."""
     return f'??? code "{label}"\n\n' + re.sub(r"^(?=.)", "    ", block, flags=re.MULTILINE)
 
 
 def fenced(text: str, kind: str) -> str:
-    """A block of code, within a fence longer than any in it."""
+    """Returns a block of code within a fence longer than any in it."""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{fence}{kind}\n{text}\n{fence}"
 
@@ -157,7 +156,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def summary(markdown: str, root: Path) -> str:
-    """A table of the names that a page documents, by group, with the first line of each."""
+    """Returns a table of the names that a page documents, by group, with their first lines."""
     package = griffe.load("adam_jax", search_paths=[root], allow_inspection=False)
     rows, group = ["| Name | What it does |", "|---|---|"], None
     for entry in ENTRY.finditer(markdown):
